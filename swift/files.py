@@ -1,0 +1,84 @@
+"""Writing files so that nobody ever finds half of one."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from swift.errors import MachineError
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that becomes ``path`` when the block ends well, and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with explain_os_errors(path):
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path`` that becomes ``path`` (which must not exist) when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with explain_os_errors(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            os.replace(temporary, path)
+            _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def explain_os_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError (disk full, no permission) into a MachineError that names ``path``."""
+    try:
+        yield
+    except OSError as problem:
+        raise machine_error(problem, path) from problem
+    except Exception as problem:
+        # safetensors reports a full disk as an error class of its own, with the system's text inside.
+        if "No space left" in str(problem) or "StorageFull" in str(problem):
+            raise machine_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), path) from problem
+        raise
+
+
+def machine_error(problem: OSError, path: Path) -> MachineError:
+    hints = {
+        errno.ENOSPC: "free some space, or choose another place",
+        errno.EACCES: "choose a place where you may write, or change its permissions",
+        errno.EROFS: "choose a place where you may write",
+    }
+    return MachineError(f"{path}: {problem.strerror or problem}", hint=hints.get(problem.errno or 0))
+
+
+def write_text(path: Path, text: str) -> None:
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

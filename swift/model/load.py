@@ -1,0 +1,153 @@
+"""Load a causal language model and its tokenizer from a snapshot."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swift import deps
+from swift.errors import ModelError
+from swift.model.device import DTYPES, choose_device, choose_dtype
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Quantization of the frozen weights on load, by bitsandbytes."""
+
+    bits: int
+    compute_dtype: torch.dtype
+    quant_type: str = "nf4"
+    double_quant: bool = True
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on its device, its tokenizer, and why it has the precision it has."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    dtype_reason: str
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The model's config.json; ModelError if it is absent or no JSON object."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} holds no config.json, so it is no model", hint="name a folder that save_pretrained wrote") from None
+    except (OSError, ValueError) as problem:
+        raise ModelError(f"{file} cannot be read: {problem}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} is not a JSON object")
+    return config
+
+
+def checkpoint_dtype(path: Path) -> torch.dtype:
+    """The precision that config.json states; float32 if it states none."""
+    config = read_config(path)
+    name = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype") or "float32"
+    return DTYPES.get(str(name).removeprefix("torch."), torch.float32)
+
+
+def context_length(path: Path) -> int | None:
+    """The longest sequence in tokens that config.json allows, or None if it does not say."""
+    config = read_config(path)
+    for place in (config, config.get("text_config") or {}):
+        for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len"):
+            if isinstance(place.get(key), int):
+                return int(place[key])
+    return None
+
+
+def load_tokenizer(path: Path, *, chat_template: str | None = None) -> Any:
+    """The tokenizer in ``path``; ``chat_template`` is a Jinja text that replaces its own."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as problem:
+        raise ModelError(f"{path}: the tokenizer cannot be loaded: {_first_line(problem)}") from problem
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{path}: the tokenizer has no end-of-sequence token", hint="set eos_token in tokenizer_config.json")
+    return tokenizer
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The token that fills short rows; masked everywhere, so the end-of-sequence token serves if there is none."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def load_model(
+    path: Path,
+    *,
+    torch_dtype: str | None = None,
+    attn_impl: str | None = None,
+    device: str | None = None,
+    quantization: Quantization | None = None,
+    chat_template: str | None = None,
+) -> Loaded:
+    """The model in ``path`` in evaluation mode on its device, with its tokenizer.
+
+    Raises ModelError for a damaged or unknown model, MachineError for a device that is not there.
+    """
+    target = choose_device(device)
+    dtype, reason = choose_dtype(torch_dtype, checkpoint_dtype(path), target)
+    tokenizer = load_tokenizer(path, chat_template=chat_template)
+    arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
+    if attn_impl is not None:
+        arguments["attn_implementation"] = attn_impl
+    if quantization is not None:
+        arguments["quantization_config"] = _bitsandbytes(quantization)
+        arguments["device_map"] = {"": str(target)}
+    model = _from_pretrained(path, arguments)
+    if quantization is None:
+        model.to(target)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model only {rows} embeddings")
+    return Loaded(model.eval(), tokenizer, target, dtype, reason)
+
+
+def _from_pretrained(path: Path, arguments: dict[str, Any]) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
+        hint = "it is damaged or not supported by the installed transformers; load it there to see more (or use --debug)"
+        raise ModelError(f"{path}: the model cannot be loaded: {_first_line(problem)}", hint=hint) from problem
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{path}: {len(missing)} weights are missing, the first is {missing[0]}", hint="fetch the model again; a shard may be absent"
+        )
+    return model
+
+
+def _bitsandbytes(quantization: Quantization) -> Any:
+    deps.require("bitsandbytes", extra="bnb")
+    from transformers import BitsAndBytesConfig
+
+    if quantization.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=quantization.compute_dtype,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+    )
+
+
+def _first_line(problem: BaseException) -> str:
+    text = str(problem).strip() or type(problem).__name__
+    return text.splitlines()[0]

@@ -1,0 +1,5 @@
+"""Strategies: how a step is spread over devices."""
+
+from swift.registry import Registry
+
+STRATEGIES = Registry("strategy", {"single": "swift.parallel.single:Single"}, group="swift.strategy")

@@ -1,0 +1,65 @@
+"""One device: automatic mixed precision, a dynamic loss scale for float16, clipping, the optimizer step."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from swift.errors import CheckpointError, TrainingError
+from swift.files import new_file
+
+SMALLEST_SCALE = 2.0**-14
+
+
+class Single:
+    """The strategy for one process on one device."""
+
+    def __init__(self, device: torch.device, *, autocast_dtype: torch.dtype | None = None) -> None:
+        self.device = device
+        self.autocast_dtype = autocast_dtype
+        # Doubles after 2000 good steps, halves and skips the step when a gradient overflows.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype == torch.float16)
+
+    def prepare(self, model: Any, make_optimizer: Callable[[Any], Optimizer]) -> tuple[Any, Optimizer]:
+        self.model = model
+        self.optimizer = make_optimizer(model)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return model, self.optimizer
+
+    def autocast(self) -> Any:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def clip_and_step(self, max_grad_norm: float) -> tuple[float, bool]:
+        self.scaler.unscale_(self.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm if max_grad_norm > 0 else math.inf))
+        if math.isfinite(norm):
+            self.scaler.step(self.optimizer)
+        elif not self.scaler.is_enabled():
+            raise TrainingError(f"the gradient norm is {norm}")
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise TrainingError("the gradients overflow float16 at every loss scale")
+        return norm, math.isfinite(norm)
+
+    def save(self, path: Path) -> None:
+        with new_file(path) as temporary:
+            torch.save({"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, temporary)
+
+    def load(self, path: Path) -> None:
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+        except (OSError, KeyError, ValueError, RuntimeError) as problem:
+            raise CheckpointError(f"{path}: the optimizer state cannot be read: {str(problem).splitlines()[0]}") from None

@@ -1,0 +1,60 @@
+"""Full fine-tuning: the model's own weights, all or some of them."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from swift.config.tuner import TunerConfig
+from swift.errors import CheckpointError, ConfigError
+
+
+class FullTuner:
+    """Trains every parameter that no freeze option holds back."""
+
+    def apply(self, model: Any, config: TunerConfig) -> Any:
+        """``model`` itself with requires_grad set; ConfigError if nothing is left to train."""
+        frozen = _frozen_by_ratio(model, config.freeze_parameters_ratio)
+        for name, parameter in model.named_parameters():
+            freeze = name in frozen or _matches(name, config.freeze_parameters, config.freeze_parameters_regex)
+            unfreeze = _matches(name, config.trainable_parameters, config.trainable_parameters_regex)
+            parameter.requires_grad_(unfreeze or not freeze)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError("all parameters are frozen: there is nothing to train", hint="freeze fewer of them")
+        return model
+
+    def save(self, model: Any, path: Path, *, max_shard_size: str) -> None:
+        """Safetensors and config, as transformers writes them."""
+        model.save_pretrained(path, safe_serialization=True, max_shard_size=max_shard_size)
+
+    def load(self, model: Any, path: Path) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        state: dict[str, Any] = {}
+        try:
+            for file in sorted(path.glob("*.safetensors")):
+                state.update(load_file(file))
+        except (OSError, SafetensorError) as problem:
+            raise CheckpointError(f"{path}: the weights cannot be read: {problem}") from None
+        outcome = model.load_state_dict(state, strict=False)
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        missing = [name for name in outcome.missing_keys if name not in tied]
+        if missing or outcome.unexpected_keys:
+            raise CheckpointError(f"{path}: the weights do not fit this model, see {(missing + list(outcome.unexpected_keys))[0]}")
+        model.tie_weights()
+
+
+def _matches(name: str, prefixes: list[str], pattern: str | None) -> bool:
+    return any(name.startswith(prefix) for prefix in prefixes) or (pattern is not None and re.search(pattern, name) is not None)
+
+
+def _frozen_by_ratio(model: Any, ratio: float) -> set[str]:
+    """Names of the first parameters, in the model's order, that together hold at most ``ratio`` of all numbers."""
+    budget = ratio * sum(parameter.numel() for parameter in model.parameters())
+    frozen: set[str] = set()
+    for name, parameter in model.named_parameters():
+        budget -= parameter.numel()
+        if budget < 0:
+            break
+        frozen.add(name)
+    return frozen
