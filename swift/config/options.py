@@ -54,8 +54,11 @@ class Config:
         """Raise ConfigError for values that cannot go together. Groups extend it and call super().check()."""
 
     def given(self, name: str) -> bool:
-        """Whether somebody set ``name`` to something other than its default."""
-        return name in self.sources and getattr(self, name) != default_of(field_named(type(self), name))
+        """Whether the user set ``name``, now and here, to something other than its default."""
+        source = self.sources.get(name, "derived")
+        if source.startswith(("derived", "checkpoint")):
+            return False
+        return bool(getattr(self, name) != default_of(field_named(type(self), name)))
 
     def refuse_without_effect(self, names: Sequence[str], because: str) -> None:
         """ConfigError for the first of ``names`` that was given, since it would have no effect."""

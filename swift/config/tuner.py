@@ -26,7 +26,7 @@ class TunerConfig(Config):
     lorap_lr_ratio: float | None = opt(None, "LoRA+: learning rate of B divided by that of A; 16 is a common choice", minimum=0)
     use_rslora: bool = opt(False, "scale by lora_alpha / sqrt(lora_rank)")
     use_dora: bool = opt(False, "train magnitude and direction apart (DoRA)")
-    init_weights: str = opt("true", "start of A and B; true starts at an update of zero", choices=("true", "false", "gaussian", "pissa", "olora"))
+    init_weights: str = opt("true", "start of A and B; true starts at an update of zero", choices=("true", "false", "gaussian"))
     target_modules: list[str] = opt(["all-linear"], "names or endings of the adapted modules; all-linear finds them by structure")
     target_regex: str | None = opt(None, "regular expression over module names, in place of target_modules")
     modules_to_save: list[str] = opt([], "modules that are trained and saved whole beside the adapter")

@@ -15,7 +15,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 class LoraTuner:
-    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685), with rsLoRA, DoRA, PiSSA and OLoRA."""
+    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685), with rsLoRA, LoRA+ and DoRA."""
 
     def apply(self, model: Any, config: TunerConfig) -> Any:
         """Wrap ``model`` in a PeftModel whose adapter is trained; the adapter is float32 unless lora_dtype says else."""

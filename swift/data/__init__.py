@@ -1,0 +1,1 @@
+"""Data: from files and data set ids to records, to token ids with loss spans, to batches."""

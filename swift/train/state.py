@@ -1,0 +1,45 @@
+"""What a run must remember, besides weights and optimizer, to go on bit for bit."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from swift.errors import CheckpointError
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Counters of a run. The data position and the random numbers follow from ``global_step`` and the seed."""
+
+    global_step: int = 0
+    max_steps: int = 0
+    epoch: float = 0.0
+    best_metric: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    train_seconds: float = 0.0
+    window_loss: float = 0.0  # loss and metrics since the last logged line, as sums
+    window_count: float = 0.0
+    window_steps: int = 0
+    window_metrics: dict[str, float] = field(default_factory=dict)
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": "swift-llm 1", **asdict(self)}
+
+
+def read_state(path: Path) -> TrainState:
+    """The state in a checkpoint's trainer_state.json; CheckpointError if another program wrote it."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(f"{path} cannot be read: {problem}") from None
+    if raw.get("format") != "swift-llm 1":
+        raise CheckpointError(
+            f"{path.parent} was not written by this program, so its optimizer state cannot be taken over",
+            hint="--resume_only_model true takes its weights",
+        )
+    return TrainState(**{item.name: raw[item.name] for item in fields(TrainState)})
