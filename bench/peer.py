@@ -4,16 +4,20 @@ Nothing of a tool is imported here: each runs as its users run it, as a command 
 """
 
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 BENCH = Path(__file__).resolve().parent
 PEERS = Path(os.environ.get("SWIFT_PEERS", BENCH / "peers"))
@@ -60,8 +64,9 @@ class Peer:
         """Python's and the relevant packages' versions in the peer's environment."""
         code = (
             "import json, platform, importlib.metadata as m\n"
-            f"found = {{d.metadata['Name']: d.version for d in m.distributions() if d.metadata['Name'] in {PACKAGES!r}}}\n"
-            "print(json.dumps({'python': platform.python_version(), **found}))"
+            "found = {d.metadata['Name'].replace('_', '-'): d.version for d in m.distributions()}\n"
+            f"kept = {{name: found[name] for name in {PACKAGES!r} if name in found}}\n"
+            "print(json.dumps({'python': platform.python_version(), **kept}))"
         )
         out = subprocess.run([self.python, "-c", code], check=True, capture_output=True, text=True, cwd=PEERS.anchor)
         return dict(json.loads(out.stdout))
@@ -72,10 +77,11 @@ PEER_BY_NAME = {
     "ms-swift": Peer(
         "ms-swift",
         PEERS / "ms-swift" / "bin" / "python",
-        # It refuses a local model without a model type, and float32 on a CPU would switch fp16 autocast on.
+        # It refuses a local model without a model type; float32 on a CPU would switch fp16 autocast on; and it would
+        # ask a hub for 20 s, offline, whether a local model is the latest.
         tuple(
             "--model_type llama --template chatml --use_cpu true --bf16 false --fp16 false --warmup_ratio 0"
-            " --split_dataset_ratio 0 --dataset_num_proc 1 --dataloader_num_workers 0".split()
+            " --check_model false --split_dataset_ratio 0 --dataset_num_proc 1 --dataloader_num_workers 0".split()
         ),
     ),
 }
@@ -137,6 +143,15 @@ def _environment(threads: int, scratch: Path) -> dict[str, str]:
     }
 
 
+def apart(function: Callable[..., T], *arguments: Any) -> T:
+    """``function(*arguments)`` in a process of its own, for what imports torch or transformers.
+
+    The process that launches the peers has to stay small: Linux counts its memory in a child's peak (at exec).
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def logged_losses(output: Path) -> list[float]:
     """The loss of each step as the tool itself logged it in ``output``/logging.jsonl."""
     lines = (output / "logging.jsonl").read_text(encoding="utf-8").splitlines()
@@ -151,12 +166,10 @@ def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 def machine() -> str:
     """One line on the machine, for the head of a result."""
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")),
-        platform.processor(),
-    )
+    about = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in about if line.startswith("model name")), platform.machine())
     load = "/".join(f"{value:.1f}" for value in os.getloadavg())
-    return f"{model}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}, load before {load}"
+    return f"{model}, {os.cpu_count()} cores, {platform.system()}, load before {load}"
 
 
 def scratch_directory() -> tempfile.TemporaryDirectory[str]:

@@ -20,10 +20,21 @@ import os
 import statistics
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from peer import PEER_BY_NAME, ROWS_PER_STEP, failure, logged_losses, machine, run, scratch_directory, write_jsonl
+from peer import (
+    PEER_BY_NAME,
+    ROWS_PER_STEP,
+    apart,
+    failure,
+    logged_losses,
+    machine,
+    run,
+    scratch_directory,
+    write_jsonl,
+)
 
 MAX_LENGTH = 512
 SNOW_ALERTS = Path(__file__).resolve().parents[1] / "swift" / "data" / "snow_alerts" / "train.jsonl"
@@ -35,6 +46,8 @@ Messages = list[dict[str, str]]
 
 def load_rows(path: Path) -> list[Messages]:
     """Conversations of a messages .jsonl or an alpaca .json, each beginning with a system message."""
+    if not path.exists():
+        sys.exit(f"{path} does not exist; name a messages .jsonl or an alpaca .json with --data")
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
         rows = [_from_alpaca(row) for row in json.loads(text)]
@@ -51,12 +64,22 @@ def _from_alpaca(row: dict[str, str]) -> Messages:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
 
 
+def count_all(rows: Sequence[Messages], model: Path) -> tuple[int, int]:
+    """(real, supervised) tokens of all ``rows``."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    counts = [count_tokens(row, tokenizer) for row in rows]
+    return sum(real for real, _ in counts), sum(supervised for _, supervised in counts)
+
+
 def count_tokens(row: Messages, tokenizer: Any) -> tuple[int, int]:
-    """(real, supervised) tokens of a conversation, cut to MAX_LENGTH on the right."""
+    """(real, supervised) tokens of one conversation, cut to MAX_LENGTH on the right."""
 
     def length(messages: Messages, reply: bool) -> int:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
-        return min(MAX_LENGTH, len(tokenizer(text.rstrip("\n") if not reply else text, add_special_tokens=False).input_ids))
+        ids = tokenizer(text if reply else text.rstrip("\n"), add_special_tokens=False).input_ids
+        return min(MAX_LENGTH, len(ids))
 
     real, supervised = 0, 0
     for index, message in enumerate(row):
@@ -88,7 +111,7 @@ def measure(name: str, model: Path, rows: Sequence[Messages], tokens: tuple[int,
         "tokens_per_cpu_s": tokens[0] / (end["cpu_s"] - begin["cpu_s"]),
         "peak_rss_mb": result.peak_rss_mb,
         "first_step_s": begin["at_s"],
-        "step_s": [after - before for before, after in zip(ends_s, ends_s[1:], strict=False)],
+        "step_s": [after - before for before, after in pairwise(ends_s)],
         "wall_s": result.wall_s,
         "losses": losses,
         "tokens": tokens[0],
@@ -99,7 +122,7 @@ def measure(name: str, model: Path, rows: Sequence[Messages], tokens: tuple[int,
 
 
 def rounded(value: Any) -> Any:
-    """Floats to four significant digits behind the first three places, for reading; structure kept."""
+    """Floats to four decimals, for reading; all else as it is."""
     if isinstance(value, float):
         return round(value, 4)
     if isinstance(value, list):
@@ -108,7 +131,9 @@ def rounded(value: Any) -> Any:
 
 
 def print_table(results: Sequence[dict[str, Any]]) -> None:
-    print("| peer | run | real tokens/s | supervised tokens/s | real tokens/CPU s | peak RSS MB | first step s | losses |")
+    print(
+        "| peer | run | real tokens/s | supervised tokens/s | real tokens/CPU s | peak RSS MB | first step s | losses |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for result in results:
         losses = " ".join(f"{loss:.4f}" for loss in result["losses"])
@@ -127,8 +152,12 @@ def resolve_model(reference: str) -> Path:
     if Path(reference).is_dir():
         return Path(reference).resolve()
     from swift import hub
+    from swift.errors import SwiftError
 
-    return Path(hub.resolve(reference).path)
+    try:
+        return Path(hub.resolve(reference).path)
+    except SwiftError as error:
+        sys.exit(f"{error}\n{error.hint or ''}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -145,17 +174,15 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    model, rows = resolve_model(args.model), load_rows(args.data)
+    model, rows = apart(resolve_model, args.model), load_rows(args.data)
     needed = args.steps * ROWS_PER_STEP
     if len(rows) < needed:
         sys.exit(f"{args.data}: {len(rows)} rows, but {args.steps} steps need {needed}; lower --steps")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(model))
-    counts = [count_tokens(row, tokenizer) for row in rows[:needed]]
-    tokens = sum(real for real, _ in counts), sum(supervised for _, supervised in counts)
+    tokens = apart(count_all, rows[:needed], model)
     if not args.json:
-        print(f"{machine()}; {args.steps} steps = {needed} rows, {tokens[0]} tokens, {tokens[1]} supervised", flush=True)
+        print(
+            f"{machine()}; {args.steps} steps = {needed} rows, {tokens[0]} tokens, {tokens[1]} supervised", flush=True
+        )
     results = []
     for number in range(1, args.runs + 1):
         for name in args.peer:

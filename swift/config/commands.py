@@ -36,6 +36,13 @@ class PtConfig(SftConfig):
 
 
 @dataclass(kw_only=True)
+class ModelOptions(PrecisionConfig, TunerConfig, QuantConfig, ModelConfig):
+    """What get_model takes."""
+
+    neftune_noise_alpha: float | None = opt(None, "NEFTune: scale of the noise on the embeddings while training", minimum=0)
+
+
+@dataclass(kw_only=True)
 class InferConfig(GenerateConfig, TemplateConfig, DataConfig, QuantConfig, ModelConfig):
     """Inference over a data set, or interactive without one."""
 

@@ -9,8 +9,9 @@ import torch
 from swift import audit
 from swift.errors import CheckpointError
 from swift.files import explain_os_errors, new_folder, write_json
+from swift.model.checkpoints import ARGS_FILE
 from swift.parallel.base import Strategy
-from swift.train.rundir import ARGS_FILE, STATE_FILE, RunDirectory
+from swift.train.rundir import STATE_FILE, RunDirectory
 from swift.train.state import TrainState, read_state
 from swift.tuner.base import Tuner
 

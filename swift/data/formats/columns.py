@@ -39,8 +39,9 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
         if old in row:
             named.pop(old, None)
             named[new] = row[old]
+    has_messages = any(_is_filled(named.get(name)) for name in ("messages", *ALIASES["messages"], "chosen_messages"))
     for name, aliases in ALIASES.items():
-        if _is_filled(named.get(name)):
+        if _is_filled(named.get(name)) or (name in ("query", "response") and has_messages):
             continue
         if name == "query" and _is_filled(named.get("instruction")) and not _is_filled(named.get("prompt")):
             continue  # instruction and input are joined by the query format

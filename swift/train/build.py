@@ -1,0 +1,77 @@
+"""From options to a model that is ready to be tuned."""
+
+from pathlib import Path
+
+import torch
+
+from swift import console
+from swift.config.commands import SftConfig
+from swift.model.device import DTYPES
+from swift.model.load import Loaded, Quantization, load_model
+from swift.model.template import read_template
+
+
+def load_for_training(config: SftConfig, path: Path) -> Loaded:
+    """The model with gradient checkpointing, quantization and noise as ``config`` says.
+
+    Weights that are trained themselves are float32 when the step computes in float16: their updates are too small for it.
+    """
+    if config.full_determinism:
+        torch.use_deterministic_algorithms(True)
+    torch_dtype = config.torch_dtype
+    if config.tuner_type == "full" and (config.fp16 or (torch_dtype == "float16" and config.fp16 is None)):
+        if torch_dtype == "float16":
+            console.notice("full tuning in float16 keeps the weights in float32 and computes in float16")
+            config.derive("fp16", True, "torch_dtype float16")
+        torch_dtype = "float32"
+    loaded = load_model(
+        path,
+        torch_dtype=torch_dtype,
+        attn_impl=config.attn_impl,
+        device=config.device,
+        quantization=quantization(config),
+        chat_template=read_template(config.chat_template),
+    )
+    model = loaded.model
+    if config.quant_method is not None:
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if config.gradient_checkpointing is None:
+        is_on = loaded.device.type != "cpu"
+        config.derive("gradient_checkpointing", is_on, "off on a CPU, where memory is cheap" if not is_on else "saves memory")
+    if config.gradient_checkpointing:
+        kwargs = {"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    if config.neftune_noise_alpha:
+        add_noise(model, config.neftune_noise_alpha)
+    return loaded
+
+
+def quantization(config: SftConfig) -> Quantization | None:
+    """What --quant_method and --quant_bits ask for."""
+    if config.quant_method is None:
+        return None
+    compute = config.bnb_4bit_compute_dtype or config.torch_dtype or "float32"
+    return Quantization(config.quant_bits or 4, DTYPES[compute], config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
+
+
+def autocast_dtype(config: SftConfig, weights: torch.dtype) -> torch.dtype | None:
+    """The precision in which the step computes where it is safe, or None for that of the weights."""
+    if config.fp16 or (config.fp16 is None and not config.bf16 and weights == torch.float16):
+        return torch.float16
+    if config.bf16 or (config.bf16 is None and weights == torch.bfloat16):
+        return torch.bfloat16
+    return None
+
+
+def add_noise(model: torch.nn.Module, alpha: float) -> None:
+    """Uniform noise of scale alpha / sqrt(T * D) on the embeddings while training (NEFTune, Jain et al. 2023, arXiv:2310.05914)."""
+
+    def noisy(module: torch.nn.Module, args: object, embedded_BTD: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return embedded_BTD
+        scale = alpha / (embedded_BTD.shape[1] * embedded_BTD.shape[2]) ** 0.5
+        return embedded_BTD + torch.empty_like(embedded_BTD).uniform_(-scale, scale)
+
+    model.get_input_embeddings().register_forward_hook(noisy)  # type: ignore[operator]

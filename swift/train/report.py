@@ -1,0 +1,127 @@
+"""What a run leaves for a reader: report.md, loss.png, plan.json."""
+
+import contextlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swift.config.commands import SftConfig
+from swift.data.render import render_prompt
+from swift.engine.text import Sampling, complete
+from swift.files import new_file, write_json, write_text
+from swift.train.memory import peak_memory_gib
+from swift.train.prepare import Data
+from swift.train.state import TrainState
+from swift.train.trackers import duration
+
+ANSWER_TOKENS = 160
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages on which a result depends."""
+    found = {"python": platform.python_version()}
+    for name in ("swift-llm", "torch", "transformers", "peft", "tokenizers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def sample_prompts(tokenizer: Any, data: Data, config: SftConfig) -> list[tuple[list[int], str, str]]:
+    """(prompt tokens, prompt text, expected answer) of the first validation rows that end in an answer."""
+    found = []
+    for record in data.validation_records:
+        if len(found) == config.report_samples:
+            break
+        if config.use_chat_template is False or record.messages[-1].role != "assistant":
+            continue
+        ids = render_prompt(record.messages[:-1], tokenizer, tools=record.tools)
+        found.append((ids, _text(record.messages[-2].content) if len(record.messages) > 1 else "", _text(record.messages[-1].content)))
+    return found
+
+
+def answers(model: Any, tokenizer: Any, data: Data, config: SftConfig) -> list[str]:
+    """Greedy answers of ``model`` to the sample prompts."""
+    sampling = Sampling(max_new_tokens=ANSWER_TOKENS, temperature=0)
+    return [complete(model, tokenizer, [ids], sampling)[0].text for ids, _, _ in sample_prompts(tokenizer, data, config)]
+
+
+def write(
+    run: Path, config: SftConfig, model: Any, tokenizer: Any, data: Data, state: TrainState, device: torch.device, *, before: list[str] | None
+) -> None:
+    """Write report.md, loss.png and plan.json into the run directory."""
+    plot_losses(run / "loss.png", state)
+    was_training = model.training
+    model.eval()
+    after = answers(model, tokenizer, data, config)
+    if before is None and hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            before = answers(model, tokenizer, data, config)
+    model.train(was_training)
+    measured = {"peak_memory_gib": peak_memory_gib(device), "train_seconds": round(state.train_seconds, 3)}
+    write_json(run / "plan.json", {"planned": {"steps": state.max_steps, **data.train.stats()}, "measured": measured})
+    samples = [
+        f"**Prompt**\n\n{_quote(text)}\n\n**Before**\n\n{_quote(old)}\n\n**After**\n\n{_quote(new)}\n\n**Expected**\n\n{_quote(expected)}\n"
+        for (_, text, expected), old, new in zip(sample_prompts(tokenizer, data, config), before or [], after, strict=bool(before))
+    ]
+    write_text(run / "report.md", _report(config, data, state, measured, samples))
+
+
+def _report(config: SftConfig, data: Data, state: TrainState, measured: dict[str, Any], samples: list[str]) -> str:
+    stats = data.train.stats()
+    evaluations = [line for line in state.log_history if "eval_loss" in line]
+    rows = [
+        ("model", config.model),
+        ("tuner", f"lora, rank {config.lora_rank}, alpha {config.lora_alpha:g}" if config.tuner_type == "lora" else "full"),
+        ("training rows", f"{len(data.train):,}: {stats['tokens']:,} tokens, {stats['supervised_tokens']:,} trained"),
+        ("rejected rows", f"{len(data.rejected):,}"),
+        ("steps", f"{state.global_step} of {state.max_steps}"),
+        ("time in steps", duration(state.train_seconds)),
+        ("speed", f"{state.tokens / max(state.train_seconds, 1e-9):,.0f} tokens/s, {state.supervised_tokens / max(state.train_seconds, 1e-9):,.0f} trained tokens/s"),
+        ("peak memory", f"{measured['peak_memory_gib']:.2f} GiB measured"),
+        ("validation loss", " -> ".join(f"{line['eval_loss']:.4f}" for line in _first_and_last(evaluations)) or "not measured"),
+        ("best step", f"{state.best_step} ({state.best_metric:.4f})" if state.best_metric is not None else "-"),
+        *((name, value) for name, value in versions().items()),
+    ]
+    parts = ["# Training report", "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)]
+    parts.append("![loss](loss.png)")
+    if samples:
+        parts += ["## Answers before and after", *samples]
+    return "\n\n".join(parts) + "\n"
+
+
+def _first_and_last(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return lines if len(lines) < 2 else [lines[0], lines[-1]]
+
+
+def plot_losses(path: Path, state: TrainState) -> None:
+    """Training and validation loss over steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120, layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
+        points = [(line["step"], line[key]) for line in state.log_history if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
+    with new_file(path) as temporary:
+        figure.savefig(temporary, format="png")
+    pyplot.close(figure)
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(str(part.get("text", "")) for part in content)
+
+
+def _quote(text: str) -> str:
+    return "\n".join(f"> {line}" for line in text.splitlines()) or "> (nothing)"

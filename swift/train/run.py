@@ -1,0 +1,325 @@
+"""A training run, top to bottom: data, model, loop, checkpoint, report. Read this file first."""
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swift import audit, console, hub
+from swift.config.commands import SftConfig
+from swift.config.options import to_dict
+from swift.data.collate import collate
+from swift.data.load import write_rejected
+from swift.errors import ConfigError, Interrupted, TrainingError
+from swift.files import write_json, write_text
+from swift.model.checkpoints import find_checkpoint, model_reference
+from swift.model.load import Loaded, pad_token_id
+from swift.objectives import OBJECTIVES
+from swift.objectives.base import Batch
+from swift.parallel import STRATEGIES
+from swift.train import checkpoint as checkpoints
+from swift.train import report
+from swift.train.build import autocast_dtype, load_for_training
+from swift.train.loop import StepResult, StopRequest, add_to_window, ahead, close_window, evaluate, seed_step, train_step
+from swift.train.memory import peak_memory_gib
+from swift.train.optim import make_optimizer, make_schedule
+from swift.train.prepare import Data, advise, fill_open_options, plan_rows, plan_steps, prepare_data, refuse_several_processes
+from swift.train.rundir import RunDirectory, new_run_path
+from swift.train.state import TrainState
+from swift.train.steps import Steps
+from swift.train.trackers import Trackers, duration
+from swift.tuner import TUNERS
+from swift.tuner.base import parameter_counts
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run is, what it reached, and its newest checkpoint (None with --save_strategy no)."""
+
+    run: Path
+    checkpoint: Path | None
+    state: TrainState
+
+
+def train(config: SftConfig) -> TrainResult | None:
+    """Run what ``config`` says; None after a dry run. Raises InputError before anything is written, if it can."""
+    refuse_several_processes()
+    resume_run, resume_from = _what_to_resume(config)
+    snapshot = hub.resolve(model_reference(config.model or ""), config.model_revision, use_hf=config.use_hf, token=config.hub_token, offline=config.offline)
+    fill_open_options(config, snapshot)
+    data = prepare_data(config, snapshot)
+    fill_open_options(config, snapshot, data)
+    steps = plan_steps(config, data)
+    advise(config, data)
+    plan = plan_rows(config, snapshot, data, steps)
+    console.table(("what", "plan"), plan)
+    if config.dry_run:
+        return None
+    path = resume_run or new_run_path(Path(config.output_dir or "output"), add_version=config.add_version)
+    with RunDirectory(path) as run:
+        _describe(run, config, snapshot, data, is_resumed=resume_run is not None)
+        loaded = load_for_training(config, snapshot.path)
+        session = Session(config, run, data, steps, loaded)
+        result = session.run_to_end(resume_from)
+    _say_farewell(config, result)
+    return result
+
+
+class Session:
+    """One process's part of a run: the things that the loop works with, and the order of a step."""
+
+    def __init__(self, config: SftConfig, run: RunDirectory, data: Data, steps: Steps, loaded: Loaded) -> None:
+        self.config, self.run, self.data, self.steps, self.device = config, run, data, steps, loaded.device
+        self.tokenizer = loaded.tokenizer
+        self.objective = OBJECTIVES.get("sft")()
+        self.tuner = TUNERS.get(config.tuner_type)()
+        self.before: list[str] | None = None
+        if config.tuner_type == "full" and config.report_samples:
+            self.before = report.answers(loaded.model, self.tokenizer, data, config)
+        torch.manual_seed(config.seed)
+        model = self.tuner.apply(loaded.model, config)
+        self.strategy = STRATEGIES.get("single")(self.device, autocast_dtype=autocast_dtype(config, loaded.dtype))
+        optimizer = functools.partial(make_optimizer, config=config, lorap_lr_ratio=config.lorap_lr_ratio)
+        self.model, self.optimizer = self.strategy.prepare(model, optimizer)
+        self.schedule = make_schedule(self.optimizer, config, steps.total)
+        self.state = TrainState(max_steps=steps.total)
+        trainable, total = parameter_counts(self.model)
+        console.say(
+            f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}) in {_name(loaded.dtype)} "
+            f"({loaded.dtype_reason}) on {self.device}; run directory {run.path}"
+        )
+
+    def run_to_end(self, resume_from: Path | None) -> TrainResult:
+        """Train from the beginning or from ``resume_from``, save, report. Raises Interrupted after a stop was asked for."""
+        if resume_from is not None:
+            self._resume(resume_from)
+        config, state = self.config, self.state
+        self.trackers = Trackers(
+            self.run.path,
+            report_to=config.report_to,
+            is_explicit=config.given("report_to") or "report_to" in config.sources,
+            logging_dir=config.logging_dir,
+            start=state.global_step,
+            total=self.steps.total,
+            plain=config.disable_tqdm,
+        )
+        with contextlib.closing(self.trackers), StopRequest(self._on_stop) as stop:
+            if config.eval_on_start and state.global_step == 0:
+                self._evaluate()
+            self.model.train()
+            batches = self._batches(state.global_step)
+            with contextlib.closing(batches):  # type: ignore[type-var]
+                for batch in batches if not self._is_out_of_patience() else ():
+                    self._step(batch)
+                    is_last = state.global_step == self.steps.total or self._is_out_of_patience()
+                    if stop.is_set and not is_last:
+                        self._leave_early()
+                    if is_last:
+                        break
+        saved = self._save() if config.save_strategy != "no" else None
+        saved = self._take_best(saved)
+        self._finish(saved)
+        return TrainResult(self.run.path, saved, state)
+
+    def _step(self, batches: list[Batch]) -> None:
+        """One optimizer step and what is due after it: log, evaluation, checkpoint."""
+        config, state, begin = self.config, self.state, time.monotonic()
+        seed_step(config.seed, state.global_step)
+        try:
+            result = train_step(
+                self.model, batches, objective=self.objective, strategy=self.strategy, max_grad_norm=config.max_grad_norm, device=self.device
+            )
+        except TrainingError as problem:
+            raise self._with_batch_dumped(problem, batches) from problem
+        rate = self.optimizer.param_groups[0]["lr"]
+        if result.was_applied:
+            self.schedule.step()
+        state.global_step += 1
+        state.epoch = self.steps.epoch_at(state.global_step)
+        state.train_seconds += time.monotonic() - begin
+        add_to_window(state, result)
+        self.trackers.step(state.global_step)
+        self._after_step(result, rate, time.monotonic() - begin)
+
+    def _after_step(self, result: StepResult, rate: float, seconds: float) -> None:
+        config, state, at = self.config, self.state, self.state.global_step
+        ends_epoch = self.steps.ends_epoch(at)
+        is_last = at == self.steps.total
+        if at % config.logging_steps == 0 or is_last or (at == 1 and config.logging_first_step):
+            values = close_window(state) | {"grad_norm": result.grad_norm, "learning_rate": rate}
+            values |= {"tokens_per_s": result.tokens / seconds, "supervised_tokens_per_s": result.count / seconds}
+            if (memory := peak_memory_gib(self.device)) is not None:
+                values["memory(GiB)"] = memory
+            state.log_history.append(self.trackers.log(at, state.epoch, values))
+        if config.eval_strategy == "steps" and (at % (config.eval_steps or 1) == 0 or is_last):
+            self._evaluate()
+        elif config.eval_strategy == "epoch" and ends_epoch:
+            self._evaluate()
+        if (config.save_strategy == "steps" and at % config.save_steps == 0) or (config.save_strategy == "epoch" and ends_epoch):
+            self._save()
+
+    def _evaluate(self) -> None:
+        """Loss over the validation rows; remembers the best step."""
+        assert self.data.validation is not None
+        size = self.config.per_device_eval_batch_size
+        rows = list(range(len(self.data.validation)))
+        parts = (self._collate(self.data.validation, rows[at : at + size]) for at in range(0, len(rows), size))
+        values = evaluate(self.model, parts, objective=self.objective, strategy=self.strategy, device=self.device)
+        self.state.log_history.append(self.trackers.log(self.state.global_step, self.state.epoch, values))
+        name = "eval_" + self.config.metric_for_best_model.removeprefix("eval_")
+        is_greater_better = self.config.greater_is_better
+        if is_greater_better is None:
+            is_greater_better = not name.endswith("loss")
+        best, value = self.state.best_metric, values[name]
+        if best is None or (value > best if is_greater_better else value < best):
+            self.state.best_metric, self.state.best_step, self.state.evaluations_without_gain = value, self.state.global_step, 0
+        else:
+            self.state.evaluations_without_gain += 1
+
+    def _is_out_of_patience(self) -> bool:
+        interval = self.config.early_stop_interval
+        return interval is not None and self.state.evaluations_without_gain >= interval
+
+    def _save(self) -> Path:
+        config = self.config
+        path = checkpoints.save_checkpoint(
+            self.run,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            tuner=self.tuner,
+            strategy=self.strategy,
+            schedule=self.schedule,
+            state=self.state,
+            args=to_dict(config),
+            max_shard_size=config.max_shard_size,
+            only_model=config.save_only_model,
+        )
+        if config.save_total_limit is not None:
+            checkpoints.prune(self.run, config.save_total_limit, best_step=self.state.best_step)
+        if config.create_checkpoint_symlink:
+            checkpoints.link(self.run, "last", path.name)
+            best = self.run / f"checkpoint-{self.state.best_step}"
+            if best.exists():
+                checkpoints.link(self.run, "best", best.name)
+        return path
+
+    def _resume(self, path: Path) -> None:
+        if self.config.resume_only_model:
+            self.tuner.load(self.model, path)
+            console.say(f"weights taken from {path}, starting at step 0")
+            return
+        self.state = checkpoints.load_checkpoint(
+            path, model=self.model, tuner=self.tuner, strategy=self.strategy, schedule=self.schedule
+        )
+        if self.state.max_steps != self.steps.total:
+            console.warn(f"the run is now {self.steps.total} steps long, not {self.state.max_steps}: the learning rate follows the new length")
+            self.state.max_steps = self.steps.total
+        console.say(f"resuming {path} at step {self.state.global_step} of {self.steps.total}")
+
+    def _batches(self, start: int) -> Iterator[list[Batch]]:
+        first = 0 if self.config.ignore_data_skip else start
+        total = self.steps.total - start
+        rows = self.steps.iterate(first)
+        made = ([self._collate(self.data.train, part) for part in next(rows)] for _ in range(total))
+        return ahead(made, self.config.dataloader_num_workers)
+
+    def _collate(self, encoded: Any, rows: list[int]) -> Batch:
+        return collate([encoded[row] for row in rows], pad_token_id=pad_token_id(self.tokenizer), padding_side=self.config.padding_side)
+
+    def _take_best(self, saved: Path | None) -> Path | None:
+        """With --load_best_model_at_end: the best checkpoint's weights are put back, and it is the result."""
+        best = self.run / f"checkpoint-{self.state.best_step}"
+        if not self.config.load_best_model_at_end or not best.exists():
+            return saved
+        self.tuner.load(self.model, best)
+        return best
+
+    def _finish(self, saved: Path | None) -> None:
+        report.write(self.run.path, self.config, self.model, self.tokenizer, self.data, self.state, self.device, before=self.before)
+        facts = {
+            "last_model_checkpoint": str(self.run.checkpoints()[-1]) if self.run.checkpoints() else None,
+            "best_model_checkpoint": str(self.run / f"checkpoint-{self.state.best_step}") if self.state.best_step else None,
+            "best_metric": self.state.best_metric,
+            "global_step": self.state.global_step,
+            "train_dataset": self.data.train.stats(),
+            "val_dataset": self.data.validation.stats() if self.data.validation else None,
+        }
+        self.trackers.summary(facts)
+        audit.append(self.run / "audit.jsonl", "end", {"steps": self.state.global_step, "checkpoint": saved.name if saved else None})
+
+    def _leave_early(self) -> None:
+        how = f"swift {'pt' if self.config.use_chat_template is False else 'sft'} --resume_from_checkpoint {self.run.path}"
+        if self.config.save_strategy == "no" or self.config.save_only_model:
+            raise Interrupted(f"stopped after step {self.state.global_step}; nothing was saved to go on from", hint="save_strategy or save_only_model forbids it")
+        path = self._save()
+        raise Interrupted(f"stopped after step {self.state.global_step}; saved {path}", hint=f"{how} goes on")
+
+    def _on_stop(self) -> None:
+        console.notice("stopping after this step; press Ctrl-C again to stop at once")
+
+    def _with_batch_dumped(self, problem: TrainingError, batches: list[Batch]) -> TrainingError:
+        """The error with the place of a file that holds the step's rows."""
+        at = self.state.global_step + 1
+        path = self.run / f"bad-step-{at}.json"
+        rows = [
+            {"input_ids": ids, "labels": labels, "text": self.tokenizer.decode(ids)}
+            for batch in batches
+            for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
+        ]
+        write_json(path, {"step": at, "problem": problem.message, "rows": rows})
+        return TrainingError(
+            f"step {at}: {problem.message}; its rows are in {path}", hint="lower --learning_rate, look at the rows, or train in bf16 or float32"
+        )
+
+
+def _what_to_resume(config: SftConfig) -> tuple[Path | None, Path | None]:
+    """(run directory to go on in, checkpoint to take); a model-only resume makes a new run directory."""
+    place = config.resume_from_checkpoint
+    if place is None or place.lower() == "false":
+        return None, None
+    run, found = find_checkpoint(config.output_dir or "output" if place.lower() == "true" else place)
+    if config.resume_only_model:
+        if found is None:
+            raise ConfigError(f"{run} has no checkpoint whose weights could be taken")
+        return None, found
+    if found is None:
+        console.notice(f"{run} has no checkpoint yet: starting from the beginning")
+    return run, found
+
+
+def _describe(run: RunDirectory, config: SftConfig, snapshot: hub.Snapshot, data: Data, *, is_resumed: bool) -> None:
+    """What the run is, for later commands and readers."""
+    import yaml
+
+    arguments = to_dict(config)
+    write_json(run / "args.json", {**arguments, "model_dir": str(snapshot.path)})
+    write_text(run / "config.yaml", yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True))
+    write_rejected(run / "rejected.jsonl", data.rejected)
+    facts = {
+        "config": audit.digest(arguments),
+        "model": snapshot.reference,
+        "revision": snapshot.revision,
+        "data": data.train.key,
+        "validation": data.validation.key if data.validation else None,
+        "versions": report.versions(),
+    }
+    audit.append(run / "audit.jsonl", "resume" if is_resumed else "start", facts)
+
+
+def _say_farewell(config: SftConfig, result: TrainResult) -> None:
+    state = result.state
+    speed = state.tokens / max(state.train_seconds, 1e-9)
+    console.say(f"done: {state.global_step} steps in {duration(state.train_seconds)}, {speed:,.0f} tokens/s; report {result.run / 'report.md'}")
+    if result.checkpoint is not None:
+        console.say(f"next: swift chat --adapters {result.checkpoint}" if config.tuner_type == "lora" else f"next: swift chat --model {result.checkpoint}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+

@@ -1,0 +1,110 @@
+"""swift merge-lora: put an adapter into the weights of its model, and prove that nothing else changed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swift import console, hub
+from swift.config.commands import MergeConfig
+from swift.errors import CheckpointError, ConfigError
+from swift.files import new_folder, write_json
+from swift.model.checkpoints import adapter_folder, model_reference
+from swift.model.device import DTYPES
+from swift.model.load import checkpoint_dtype, load_model
+from swift.model.template import read_template
+from swift.tuner.lora import ADAPTER_CONFIG, with_adapter
+
+PROBES = (
+    "Heavy snow is expected in the northern districts until 08:00. Clear the pavements and keep the roads free.",
+    "\u6625\u96ea\u7eb7\u98de\uff0c\u5982\u4f55\u5e94\u5bf9\u7a81\u53d1\u964d\u96ea\uff1f\u8bf7\u5c3d\u91cf\u51cf\u5c11\u51fa\u884c\u3002",
+    "def area(radius: float) -> float:\n    return 3.14159 * radius ** 2\n",
+)
+
+
+def run_merge(config: MergeConfig) -> Path:
+    """Merge, compare, write; the folder of the merged model.
+
+    The merge is done and compared in float32; the file has the precision of the base model.
+    Raises CheckpointError, and writes nothing, if a log-probability moves by more than --max_difference.
+    """
+    if not config.adapters:
+        raise ConfigError("no adapter is given", hint="say --adapters RUN")
+    folder = adapter_folder(config.adapters[0])
+    reference = model_reference(config.model) if config.model else base_of(folder)
+    target = Path(config.output_dir) if config.output_dir else folder.with_name(f"{folder.name}-merged")
+    if target.exists() and not config.exist_ok:
+        raise ConfigError(f"{target} exists", hint="choose another --output_dir, or say --exist_ok true to replace it")
+    snapshot = hub.resolve(reference, config.model_revision, use_hf=config.use_hf, token=config.hub_token, offline=config.offline)
+    loaded = load_model(snapshot.path, torch_dtype="float32", device=config.device, chat_template=read_template(config.chat_template))
+    tuned = with_adapter(loaded.model, folder)
+    ids = [loaded.tokenizer(text, add_special_tokens=False).input_ids for text in PROBES]
+    wanted = logprobs(tuned, ids)
+    merged = tuned.merge_and_unload(safe_merge=True)
+    difference = largest_difference(wanted, logprobs(merged, ids))
+    if not difference <= config.max_difference:
+        raise CheckpointError(
+            f"the merged model differs from the adapter: a log-probability moves by {difference:.2g} (at most {config.max_difference:g})",
+            hint="the adapter may be damaged or made for another model; nothing was written",
+        )
+    dtype = DTYPES[config.torch_dtype] if config.torch_dtype else checkpoint_dtype(snapshot.path)
+    merged.to(dtype)
+    _write(merged, loaded.tokenizer, target, config, {"base": reference, "adapter": str(folder), "difference": difference})
+    stored = _difference_on_disk(target, wanted, ids, config.device)
+    console.say(
+        f"merged {folder} into {target}: largest difference of a log-probability {difference:.2g} in float32, "
+        f"{stored:.2g} as stored in {str(dtype).removeprefix('torch.')}"
+    )
+    return target
+
+
+def base_of(folder: Path) -> str:
+    """The model that the adapter in ``folder`` was trained on: by its run, else by its own config."""
+    from swift.config.saved import find_args, read_args
+
+    args = find_args(folder)
+    if args is not None and (model := read_args(args).get("model")):
+        return str(model)
+    base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(f"the adapter {folder} does not say which model it is for", hint="say --model too")
+    return str(base)
+
+
+@torch.no_grad()
+def logprobs(model: Any, texts: list[list[int]]) -> list[torch.Tensor]:
+    """Log-probabilities (tokens, vocabulary) of every next token, in float32, for each of ``texts``."""
+    return [model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float().log_softmax(-1).cpu() for ids in texts]
+
+
+def largest_difference(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+    """Largest difference of the log-probability of any token that has at least one chance in a thousand.
+
+    NaN if a model computes NaN, which no bound accepts.
+    """
+    worst = 0.0
+    for a, b in zip(wanted, found, strict=True):
+        gap = (a - b).abs()
+        if not torch.isfinite(gap).all():
+            return float("nan")
+        likely = a > -6.9
+        if likely.any():
+            worst = max(worst, float(gap[likely].max()))
+    return worst
+
+
+def _write(model: Any, tokenizer: Any, target: Path, config: MergeConfig, facts: dict[str, Any]) -> None:
+    if target.exists():
+        import shutil
+
+        shutil.rmtree(target)
+    with new_folder(target) as folder:
+        model.save_pretrained(folder, safe_serialization=True, max_shard_size=config.max_shard_size)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / "merge.json", facts)
+
+
+def _difference_on_disk(target: Path, wanted: list[torch.Tensor], ids: list[list[int]], device: str | None) -> float:
+    """The same comparison with the model as a reader will load it."""
+    return largest_difference(wanted, logprobs(load_model(target, torch_dtype="float32", device=device).model, ids))
