@@ -107,6 +107,7 @@ def normalise(cls: type[Config], words: Sequence[str]) -> list[str]:
     from swift import console
 
     out: list[str] = []
+    seen: set[str] = set()
     index = 0
     while index < len(words):
         word = words[index]
@@ -126,8 +127,9 @@ def normalise(cls: type[Config], words: Sequence[str]) -> list[str]:
         if name not in cls.__dataclass_fields__:
             refuse_unless_inert(cls, name, raw)
             continue
-        if f"--{name}" in out:
+        if name in seen:
             raise ConfigError(f"--{name} is given twice", hint="give it once, with all its values")
+        seen.add(name)
         values = (list(raw) if isinstance(raw, list) else [str(raw)]) if values else []
         out += [f"--{name}={values[0]}"] if len(values) == 1 and not is_list(cls.__dataclass_fields__[name].type) else [f"--{name}", *values]
     return out

@@ -143,10 +143,13 @@ def refuse_unless_inert(cls: type[Config], name: str, value: Any) -> None:
     """ConfigError for a name that ``cls`` does not have, unless ``value`` asks for what happens anyway."""
     refusal = compat.refusal(name)
     if refusal is not None:
-        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        if value is None or text.lower() in refusal.accepts or "*" in refusal.accepts:
+        if refusal.is_inert(value):
             return
         raise ConfigError(f"option --{name} is not available: {refusal.reason}", hint=_hint_for(refusal.accepts, name))
+    from swift.config.commands import all_options
+
+    if name in all_options():
+        raise ConfigError(f"option --{name} has no effect here: it belongs to another command", hint=f"remove --{name}")
     match = near(name, cls.__dataclass_fields__)
     hint = f"did you mean --{match}?" if match else "see --help for all options"
     raise ConfigError(f"unknown option --{name}", hint=hint)

@@ -83,12 +83,12 @@ class ChatTemplate:
             messages, tools = tool_text.as_text(messages, tools), None
         try:
             return self._call(messages, tools, prompt, kwargs, want_spans)
-        except TypeError:
+        except TypeError as error:
             if self.arguments_as_text or not any(message.get("tool_calls") for message in messages):
-                raise
+                raise DataError(f"the chat template cannot render the messages: {error}") from None
             # Templates that join the arguments to a text want them as JSON text, as OpenAI sends them.
             self.arguments_as_text = True
-            return self._call(messages, tools, prompt, kwargs, want_spans)
+        return self._render(messages, tools, prompt, kwargs, want_spans=want_spans)
 
     def _call(
         self, messages: Sequence[dict[str, Any]], tools: Any, prompt: bool, kwargs: Any, want_spans: bool
