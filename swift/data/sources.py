@@ -74,7 +74,7 @@ def locate(spec: Spec) -> list[Path]:
     if spec.hub == "swift" or (spec.hub is None and spec.name in BUILT_IN and not Path(spec.name).exists()):
         if spec.name not in BUILT_IN:
             raise DataError(f"no built-in data set {spec.name!r}", hint=_suggest(spec.name, BUILT_IN))
-        return _pick(BUILT_IN[spec.name], spec.subsets)
+        return _pick(BUILT_IN[spec.name], spec.subsets or ("train",))
     path = Path(spec.name).expanduser()
     if spec.hub is None and path.is_file():
         if spec.subsets:

@@ -64,7 +64,7 @@ def _records(config: InferConfig) -> list[Record]:
     """The rows to answer. A run's saved data: its validation rows, split as the run split them."""
     loaded = load_records(
         config.dataset or config.val_dataset,
-        want="prompt",
+        want="grpo",
         columns=config.columns,
         strict=config.strict,
         max_rejected=config.max_rejected,
@@ -75,9 +75,6 @@ def _records(config: InferConfig) -> list[Record]:
         system=read_system(config.system),
         split_ratio=config.split_dataset_ratio,
         val_datasets=config.val_dataset if config.dataset else [],
-        use_hf=config.use_hf,
-        token=config.hub_token,
-        offline=config.offline,
     )
     for rejected in loaded.rejected:
         console.warn(f"{rejected.source} is left out: {rejected.reason}")
@@ -101,16 +98,10 @@ def _batches(records: list[Record], size: int) -> Iterator[list[Record]]:
         yield records[at : at + size]
 
 
-def prompt_of(record: Record) -> list[Message]:
-    """The messages before the answer that is asked for."""
-    messages = record.messages
-    return messages[:-1] if messages and messages[-1].role == "assistant" else messages
-
-
 def _answer(config: InferConfig, loaded: Loaded, rows: list[Record]) -> list[Completion]:
     prompts = [
         render_prompt(
-            prompt_of(row), loaded.tokenizer, tools=row.tools, enable_thinking=config.enable_thinking,
+            row.messages, loaded.tokenizer, tools=row.tools, enable_thinking=config.enable_thinking,
             use_chat_template=config.use_chat_template is not False,
         )
         for row in rows
@@ -118,7 +109,7 @@ def _answer(config: InferConfig, loaded: Loaded, rows: list[Record]) -> list[Com
     settings = sampling(config)
     if not (config.stream and len(rows) == 1 and not console.is_json()):
         return complete(loaded.model, loaded.tokenizer, prompts, settings)
-    print(f"> {_text(prompt_of(rows[0])[-1])}")
+    print(f"> {rows[0].messages[-1].text()}")
     pieces = []
     for piece in stream(loaded.model, loaded.tokenizer, prompts[0], settings):
         pieces.append(piece)
@@ -131,18 +122,12 @@ def _answer(config: InferConfig, loaded: Loaded, rows: list[Record]) -> list[Com
 
 def as_result(record: Record, answer: Completion) -> dict[str, Any]:
     """A line of the result file: ms-swift's members, and why the answer ended."""
-    last = record.messages[-1]
-    messages = [{"role": message.role, "content": message.content} for message in prompt_of(record)]
+    messages = [{"role": message.role, "content": message.content} for message in record.messages]
     return {
         "response": answer.text,
-        "labels": _text(last) if last.role == "assistant" else None,
+        "labels": record.extra.get("response"),
         "logprobs": None,
         "messages": [*messages, {"role": "assistant", "content": answer.text}],
         "finish_reason": answer.finish_reason,
         "source": record.source,
     }
-
-
-def _text(message: Message) -> str:
-    content = message.content
-    return content if isinstance(content, str) else "".join(str(part.get("text", "")) for part in content)

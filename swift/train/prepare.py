@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from swift import console
-from swift.config.commands import SftConfig
-from swift.data.encode import Encoded, encode
-from swift.data.load import Rejected, load_records
-from swift.data.records import Record
-from swift.errors import ConfigError, DataError
+from swift.config.commands import PtConfig, SftConfig
+from swift.data.encode import encode
+from swift.data.encoded import Encoded
+from swift.data.load import load_records
+from swift.data.records import Record, Rejected
+from swift.errors import ConfigError
 from swift.hub import Snapshot
 from swift.hub.cache import cache_root
 from swift.model.load import context_length, load_tokenizer
@@ -36,45 +37,44 @@ def prepare_data(config: SftConfig, snapshot: Snapshot) -> Data:
     """Rows as tokens. Raises DataError before any model is loaded."""
     loaded = load_records(
         config.dataset,
-        want="pt" if config.loss_scale == "all" and config.use_chat_template is False else "sft",
+        want=objective_of(config),
         columns=config.columns,
         strict=config.strict,
         max_rejected=config.max_rejected,
         data_seed=config.data_seed,
         shuffle=config.dataset_shuffle,
-        val_shuffle=config.val_dataset_shuffle,
+        shuffle_validation=config.val_dataset_shuffle,
         model_name=config.model_name,
         model_author=config.model_author,
         system=read_system(config.system),
         split_ratio=config.split_dataset_ratio,
         val_datasets=config.val_dataset,
-        use_hf=config.use_hf,
-        token=config.hub_token,
-        offline=config.offline,
     )
     tokenizer = load_tokenizer(snapshot.path, chat_template=read_template(config.chat_template))
-    train = _encode(config, loaded.train, tokenizer, "training")
-    validation = _encode(config, loaded.validation, tokenizer, "validation") if loaded.validation else None
+    train = _encode(config, loaded.train, tokenizer)
+    validation = _encode(config, loaded.validation, tokenizer) if loaded.validation else None
     rejected = [*loaded.rejected, *train.rejected, *(validation.rejected if validation else [])]
     return Data(tokenizer, train, validation, loaded.validation, rejected)
 
 
-def _encode(config: SftConfig, records: list[Record], tokenizer: Any, kind: str) -> Encoded:
-    encoded = encode(
+def _encode(config: SftConfig, records: list[Record], tokenizer: Any) -> Encoded:
+    return encode(
         records,
         tokenizer,
         max_length=config.max_length,
         truncation_strategy=config.truncation_strategy,
+        objective=objective_of(config),
         use_chat_template=config.use_chat_template is not False,
         loss_scale=config.loss_scale or "default",
         enable_thinking=config.enable_thinking,
         num_proc=config.dataset_num_proc,
-        cache_dir=cache_root() / "tokens",
-        reuse=config.load_from_cache_file,
+        cache_dir=cache_root() / "tokens" if config.load_from_cache_file else None,
     )
-    if len(encoded) == 0:
-        raise DataError(f"no {kind} row is left: {encoded.rejected[0].reason}", hint="raise --max_length, or cut with --truncation_strategy right")
-    return encoded
+
+
+def objective_of(config: SftConfig) -> str:
+    """The kind of rows: "pt" for plain text whose every token is trained, "sft" for conversations."""
+    return "pt" if isinstance(config, PtConfig) else "sft"
 
 
 def fill_open_options(config: SftConfig, snapshot: Snapshot, data: Data | None = None) -> None:
@@ -131,7 +131,7 @@ def plan_rows(config: SftConfig, snapshot: Snapshot, data: Data, steps: Steps) -
     stats = data.train.stats()
     rows = [
         ("model", f"{config.model} at {snapshot.path}"),
-        ("training rows", f"{len(data.train):,} ({stats['tokens']:,} tokens, {stats['supervised_tokens']:,} of them trained)"),
+        ("training rows", f"{len(data.train):,} ({stats['tokens']:,} tokens, {stats['trained_tokens']:,} of them trained)"),
         ("longest row", f"{stats['max_length']:,} tokens"),
         ("validation rows", f"{len(data.validation):,}" if data.validation else "none"),
         ("rejected rows", f"{len(data.rejected):,}"),

@@ -38,7 +38,7 @@ def sample_prompts(tokenizer: Any, data: Data, config: SftConfig) -> list[tuple[
         if config.use_chat_template is False or record.messages[-1].role != "assistant":
             continue
         ids = render_prompt(record.messages[:-1], tokenizer, tools=record.tools)
-        found.append((ids, _text(record.messages[-2].content) if len(record.messages) > 1 else "", _text(record.messages[-1].content)))
+        found.append((ids, record.messages[-2].text() if len(record.messages) > 1 else "", record.messages[-1].text()))
     return found
 
 
@@ -75,7 +75,7 @@ def _report(config: SftConfig, data: Data, state: TrainState, measured: dict[str
     rows = [
         ("model", config.model),
         ("tuner", f"lora, rank {config.lora_rank}, alpha {config.lora_alpha:g}" if config.tuner_type == "lora" else "full"),
-        ("training rows", f"{len(data.train):,}: {stats['tokens']:,} tokens, {stats['supervised_tokens']:,} trained"),
+        ("training rows", f"{len(data.train):,}: {stats['tokens']:,} tokens, {stats['trained_tokens']:,} trained"),
         ("rejected rows", f"{len(data.rejected):,}"),
         ("steps", f"{state.global_step} of {state.max_steps}"),
         ("time in steps", duration(state.train_seconds)),
@@ -117,10 +117,6 @@ def plot_losses(path: Path, state: TrainState) -> None:
     with new_file(path) as temporary:
         figure.savefig(temporary, format="png")
     pyplot.close(figure)
-
-
-def _text(content: Any) -> str:
-    return content if isinstance(content, str) else "".join(str(part.get("text", "")) for part in content)
 
 
 def _quote(text: str) -> str:

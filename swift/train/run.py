@@ -304,8 +304,8 @@ def _describe(run: RunDirectory, config: SftConfig, snapshot: hub.Snapshot, data
         "config": audit.digest(arguments),
         "model": snapshot.reference,
         "revision": snapshot.revision,
-        "data": data.train.key,
-        "validation": data.validation.key if data.validation else None,
+        "data": data.train.path.name if data.train.path else None,
+        "validation": data.validation.path.name if data.validation and data.validation.path else None,
         "versions": report.versions(),
     }
     audit.append(run / "audit.jsonl", "resume" if is_resumed else "start", facts)

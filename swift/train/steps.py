@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from swift.data.order import epoch_order
+from swift.data.order import batches
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,25 @@ class Steps:
         is the same for every cut, and rows of similar length need less padding.
         """
         epoch, position = divmod(start, self.per_epoch)
+        steps = self._of_epoch(epoch)
         for _ in range(start, self.total):
-            if position == 0 or _ == start:
-                order = epoch_order(
-                    len(self.lengths), self.seed, epoch, self.shuffle, lengths=self.lengths if self.group_by_length else None
-                )
-            rows = order[position * self.rows_per_step : (position + 1) * self.rows_per_step]
-            rows = sorted(rows, key=lambda row: -self.lengths[row])
-            yield [rows[at : at + self.rows_per_batch] for at in range(0, len(rows), self.rows_per_batch)]
-            position += 1
             if position == self.per_epoch:
                 epoch, position = epoch + 1, 0
+                steps = self._of_epoch(epoch)
+            rows = sorted(steps[position], key=lambda row: -self.lengths[row])
+            yield [rows[at : at + self.rows_per_batch] for at in range(0, len(rows), self.rows_per_batch)]
+            position += 1
+
+    def _of_epoch(self, epoch: int) -> list[list[int]]:
+        return batches(
+            len(self.lengths),
+            self.rows_per_step,
+            seed=self.seed,
+            epoch=epoch,
+            shuffle=self.shuffle,
+            lengths=self.lengths,
+            group_by_length=self.group_by_length,
+        )
 
 
 def steps_per_epoch(rows: int, rows_per_step: int) -> int:
