@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = {flag for flag in GLOBAL_FLAGS if flag in words}
     words = [word for word in words if word not in GLOBAL_FLAGS]
     console.use_json("--json" in flags)
+    if not is_debug:
+        quiet_libraries()
     try:
         run(words, show_config="--show_config" in flags)
     except SwiftError as problem:
@@ -61,6 +63,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         console.error(known)
         sys.exit(known.exit_code)
+
+
+def quiet_libraries() -> None:
+    """Keep off the screen what libraries say to their developers; --debug shows it."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("bitsandbytes", "torchao", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def run(words: list[str], *, show_config: bool = False) -> Any:
