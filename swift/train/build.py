@@ -1,13 +1,14 @@
 """From options to a model that is ready to be tuned."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from swift import console
 from swift.config.commands import SftConfig
-from swift.model.device import DTYPES
-from swift.model.load import Loaded, Quantization, load_model
+from swift.engine.load import quantization
+from swift.model.load import Loaded, load_model
 from swift.model.template import read_template
 
 
@@ -41,19 +42,18 @@ def load_for_training(config: SftConfig, path: Path) -> Loaded:
         is_on = loaded.device.type != "cpu"
         config.derive("gradient_checkpointing", is_on, "off on a CPU, where memory is cheap" if not is_on else "saves memory")
     if config.gradient_checkpointing:
-        kwargs = {"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        checkpoint_activations(model, {"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})})
     if config.neftune_noise_alpha:
         add_noise(model, config.neftune_noise_alpha)
     return loaded
 
 
-def quantization(config: SftConfig) -> Quantization | None:
-    """What --quant_method and --quant_bits ask for."""
-    if config.quant_method is None:
-        return None
-    compute = config.bnb_4bit_compute_dtype or config.torch_dtype or "float32"
-    return Quantization(config.quant_bits or 4, DTYPES[compute], config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
+def checkpoint_activations(model: Any, kwargs: dict[str, bool]) -> None:
+    """Recompute the activations of each block in the backward pass, by the name that this transformers has for it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(kwargs)
+    else:
+        model.gradient_checkpointing_enable(kwargs)
 
 
 def autocast_dtype(config: SftConfig, weights: torch.dtype) -> torch.dtype | None:

@@ -56,7 +56,7 @@ def write(
     was_training = model.training
     model.eval()
     after = answers(model, tokenizer, data, config)
-    if before is None and hasattr(model, "disable_adapter"):
+    if before is None and after:
         with model.disable_adapter():
             before = answers(model, tokenizer, data, config)
     model.train(was_training)

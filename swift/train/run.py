@@ -79,7 +79,7 @@ class Session:
         self.objective = OBJECTIVES.get("sft")()
         self.tuner = TUNERS.get(config.tuner_type)()
         self.before: list[str] | None = None
-        if config.tuner_type == "full" and config.report_samples:
+        if config.report_samples and (config.tuner_type == "full" or config.lora_bias != "none"):
             self.before = report.answers(loaded.model, self.tokenizer, data, config)
         torch.manual_seed(config.seed)
         model = self.tuner.apply(loaded.model, config)
