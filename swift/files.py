@@ -52,8 +52,13 @@ def explain_os_errors(path: Path) -> Iterator[None]:
     except OSError as problem:
         raise machine_error(problem, path) from problem
     except Exception as problem:
-        # safetensors reports a full disk as an error class of its own, with the system's text inside.
-        if "No space left" in str(problem) or "StorageFull" in str(problem):
+        # torch raises a RuntimeError over the system's error, safetensors an error class of its own with its text inside.
+        below: BaseException | None = problem
+        while below is not None:
+            if isinstance(below, OSError):
+                raise machine_error(below, path) from problem
+            below = below.__context__
+        if "No space left" in str(problem):
             raise machine_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), path) from problem
         raise
 
@@ -65,6 +70,14 @@ def machine_error(problem: OSError, path: Path) -> MachineError:
         errno.EROFS: "choose a place where you may write",
     }
     return MachineError(f"{path}: {problem.strerror or problem}", hint=hints.get(problem.errno or 0))
+
+
+def save_torch(path: Path, value: Any) -> None:
+    """torch.save through a Python file, whose errors say what the system said (torch's own writer hides a full disk)."""
+    import torch
+
+    with new_file(path) as temporary, temporary.open("wb") as file:
+        torch.save(value, file)
 
 
 def write_text(path: Path, text: str) -> None:

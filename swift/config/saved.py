@@ -22,9 +22,11 @@ def saved_options(said: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | No
     resume = _one(said.get("resume_from_checkpoint"))
     if resume is not None:
         place = (_one(said.get("output_dir")) or "output") if resume.lower() == "true" else resume
-        path = find_args(Path(place))
-        if path is None or resume.lower() == "false":
+        if resume.lower() == "false":
             return None
+        path = find_args(Path(place))
+        if path is None:
+            raise CheckpointError(f"{place} holds no run to go on with", hint="name a run directory (it has an args.json) or a checkpoint-N in it")
         return f"checkpoint {path.parent}", read_args(path)
     adapters = said.get("adapters")
     place = _one(adapters) or _one(said.get("model"))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from swift.errors import CheckpointError, TrainingError
-from swift.files import new_file
+from swift.files import save_torch
 
 SMALLEST_SCALE = 2.0**-14
 
@@ -53,8 +53,7 @@ class Single:
         return norm, math.isfinite(norm)
 
     def save(self, path: Path) -> None:
-        with new_file(path) as temporary:
-            torch.save({"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, temporary)
+        save_torch(path, {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()})
 
     def load(self, path: Path) -> None:
         try:

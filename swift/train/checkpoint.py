@@ -8,7 +8,7 @@ import torch
 
 from swift import audit
 from swift.errors import CheckpointError
-from swift.files import explain_os_errors, new_folder, write_json
+from swift.files import explain_os_errors, new_folder, save_torch, write_json
 from swift.model.checkpoints import ARGS_FILE
 from swift.parallel.base import Strategy
 from swift.train.rundir import STATE_FILE, RunDirectory
@@ -42,7 +42,7 @@ def save_checkpoint(
             tokenizer.save_pretrained(folder)
         if not only_model:
             strategy.save(folder / OPTIMIZER_FILE)
-            torch.save(schedule.state_dict(), folder / SCHEDULE_FILE)
+            save_torch(folder / SCHEDULE_FILE, schedule.state_dict())
         write_json(folder / STATE_FILE, state.to_json())
         write_json(folder / ARGS_FILE, args)
     weights = {file.name: audit.sha256_file(file) for file in sorted(path.glob("*.safetensors"))}

@@ -1,0 +1,96 @@
+"""A run that is killed again and again ends with the same bits as one that nobody disturbed."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from swift import audit
+from swift.model.checkpoints import checkpoints_in
+
+KILLS = 20
+STEPS = 60
+
+
+def command(model: Path, rows: Path, run: Path, *more: str, steps: int = STEPS) -> list[str]:
+    return [
+        sys.executable, "-m", "swift.cli", "sft", "--model", str(model), "--dataset", str(rows), "--output_dir", str(run), "--add_version", "false",
+        "--max_steps", str(steps), "--save_steps", "3", "--save_total_limit", "3", "--per_device_train_batch_size", "2",
+        "--gradient_accumulation_steps", "2", "--learning_rate", "1e-2", "--logging_steps", "4", "--report_to", "none", "--report_samples", "0",
+        "--split_dataset_ratio", "0.2", "--eval_steps", "10", *more,
+    ]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "SWIFT_CACHE": str(cache)}
+
+
+def stable(run: Path) -> list[dict[str, object]]:
+    clock = {"tokens_per_s", "supervised_tokens_per_s", "memory(GiB)", "eval_runtime"}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_no_trace(tiny_model, rows, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    env = environment(tmp_path / "cache")
+    begin = time.monotonic()
+    subprocess.run(command(tiny_model, rows, whole), env=env, check=True, capture_output=True)
+    whole_seconds = time.monotonic() - begin
+    randomness = random.Random(0)
+    kills = 0
+    for _ in range(200):
+        resume = ["--resume_from_checkpoint", str(run)] if (run / "args.json").exists() else []
+        if not resume:
+            shutil.rmtree(run, ignore_errors=True)
+        process = subprocess.Popen(command(tiny_model, rows, run, *resume), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if kills < KILLS:
+            # From before the first import to after the last step: most kills fall into the steps themselves.
+            try:
+                process.wait(timeout=whole_seconds * randomness.uniform(0.55, 1.0))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+                kills += 1
+                continue
+            if process.returncode == 0:  # it was done before its time: start anew, the kills go on
+                shutil.rmtree(run)
+                continue
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        break
+    assert kills == KILLS
+    wanted, found = (load_file(checkpoints_in(place)[-1] / "adapter_model.safetensors") for place in (whole, run))
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert stable(run) == stable(whole)
+    assert not list(run.glob(".*.tmp"))
+    audit.verify(run / "audit.jsonl")
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_go_on(tiny_model, rows, tmp_path):
+    run = tmp_path / "run"
+    env = environment(tmp_path / "cache")
+    process = subprocess.Popen(
+        command(tiny_model, rows, run, steps=100_000), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step 8/"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped after step" in errors
+    assert f"swift sft --resume_from_checkpoint {run} goes on" in errors
+    assert checkpoints_in(run)
