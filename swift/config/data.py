@@ -41,7 +41,9 @@ class TemplateConfig(Config):
     system: str | None = opt(None, "system message for rows without one: a text, or a .txt file that holds it")
     max_length: int | None = opt(None, "longest row in tokens; by default the context length of the model", minimum=2)
     truncation_strategy: str = opt(
-        "delete", "rows longer than max_length are rejected (delete) or cut at one side; all are counted", choices=("delete", "left", "right")
+        "delete",
+        "rows longer than max_length are rejected (delete), cut at one side, or split into several (pt only); all are counted",
+        choices=("delete", "left", "right", "split"),
     )
     use_chat_template: bool | None = opt(None, "render messages by the chat template; by default true, and false for pt")
     loss_scale: str | None = opt(

@@ -23,6 +23,9 @@ def data_inspect(config: DataInspectConfig) -> None:
         model_name=config.model_name,
         model_author=config.model_author,
         system=read_system(config.system),
+        use_hf=config.use_hf,
+        hub_token=config.hub_token,
+        offline=config.offline,
     )
     snapshot = hub.resolve(
         model_reference(config.model or ""), config.model_revision, use_hf=config.use_hf, token=config.hub_token, offline=config.offline

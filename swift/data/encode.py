@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.data.encoded import Encoded, Writer
-from swift.data.records import Record, Rejected
+from swift.data.records import Record, Rejected, summary
 from swift.data.render import IGNORED, OBJECTIVES, Rendered, Renderer
 from swift.errors import ConfigError, DataError
 
@@ -33,9 +33,7 @@ class Options:
         if self.objective not in (*OBJECTIVES, "preference"):
             raise ConfigError(f"unknown objective {self.objective!r}", hint=f"known: {', '.join(OBJECTIVES)}, preference")
         if self.truncation_strategy not in TRUNCATION:
-            raise ConfigError(
-                f"unknown truncation_strategy {self.truncation_strategy!r}", hint=f"known: {', '.join(TRUNCATION)}"
-            )
+            raise ConfigError(f"unknown truncation_strategy {self.truncation_strategy!r}", hint=f"known: {', '.join(TRUNCATION)}")
         if self.truncation_strategy == "split" and self.objective != "pt":
             raise ConfigError(
                 "truncation_strategy split is for pre-training: pieces of a conversation lose their prompt",
@@ -72,9 +70,10 @@ def encode(
     """Tokenize ``records`` into an Encoded; with ``cache_dir`` equal input is read from there and not tokenized again.
 
     ``objective``: sft, pt, classify (nothing is trained; labels are the records'), or preference, whose examples are
-    pairs. Longer than ``max_length`` tokens: ``delete`` rejects the row, ``left`` keeps the end (and a first BOS token),
-    ``right`` the beginning, ``split`` (pt) makes several examples. A row that has no trained token left, or that cannot
-    be rendered, is in ``.rejected`` with the reason; ``.stats()`` counts. Raises DataError if no row is left.
+    pairs. Longer than ``max_length`` tokens: ``delete`` rejects the row, ``right`` keeps the beginning, ``left`` the
+    end (and a BOS token that stands only at the beginning), ``split`` (pt) makes several examples. A row without a
+    trained token, or that cannot be rendered, is in ``.rejected`` with the reason; ``.stats()`` counts. Raises
+    DataError if no row is left.
     """
     options = Options(
         objective=objective,
@@ -97,7 +96,7 @@ def encode(
         for chunk in _chunks(records, tokenizer, renderer, options, num_proc):
             writer.add(chunk)
         if writer.num_examples == 0:
-            raise DataError("no row is left to train on", hint=writer.first_reasons())
+            raise DataError("no row is left to train on", hint=summary(writer.rejected))
         return writer.finish()
 
 
@@ -132,9 +131,7 @@ class Example:
 Chunk = list[Example | Rejected]
 
 
-def _chunks(
-    records: Sequence[Record], tokenizer: Any, renderer: Renderer, options: Options, num_proc: int
-) -> Iterator[Chunk]:
+def _chunks(records: Sequence[Record], tokenizer: Any, renderer: Renderer, options: Options, num_proc: int) -> Iterator[Chunk]:
     parts = [(start, records[start : start + _CHUNK]) for start in range(0, len(records), _CHUNK)]
     num_proc = min(num_proc, len(parts))
     if num_proc <= 1:
@@ -182,9 +179,9 @@ def _encode_chunk(renderer: Renderer, options: Options, start: int, records: Seq
         if isinstance(counts, Rejected):
             made.append(counts)
             continue
-        sides = [[next(rendered) for _ in range(count)] for count in counts]
+        ids = [[next(rendered) for _ in range(count)] for count in counts]
         try:
-            made += _examples(sides, record, start + index, options)
+            made += _examples(ids, record, start + index, options, renderer.tokenizer.bos_token_id)
         except DataError as error:
             made.append(Rejected(record.source, _row(record), error.message))
     return made
@@ -198,24 +195,24 @@ def _sides(record: Record, options: Options) -> list[Record]:
     return [record, dataclasses.replace(record, messages=record.rejected or [], rejected=None)]
 
 
-def _examples(sides: list[list[Rendered]], record: Record, index: int, options: Options) -> list[Example]:
+def _examples(sides: list[list[Rendered]], record: Record, index: int, options: Options, bos: int | None) -> list[Example]:
     extras = {"label": record.label, "margin": record.margin, "channel": record.channel}
     extras = {name: value for name, value in extras.items() if value is not None}
     if options.objective == "preference":
         if [len(side) for side in sides] != [1, 1]:
             raise DataError("the chat template rewrites earlier turns, so that a pair needs loss_scale last_round")
-        cut = [_cut(side[0], options) for side in sides]
+        cut = [_cut(side[0], options, bos) for side in sides]
         lost = sum(len(side[0].input_ids) for side in sides) - sum(len(pieces[0].input_ids) for pieces in cut)
         return [Example([pieces[0] for pieces in cut], index, extras, lost)]
     made = []
     for rendered in sides[0]:
-        pieces = _cut(rendered, options)
+        pieces = _cut(rendered, options, bos)
         lost = 0 if options.truncation_strategy == "split" else len(rendered.input_ids) - len(pieces[0].input_ids)
         made += [Example([piece], index, extras, lost) for piece in pieces]
     return made
 
 
-def _cut(rendered: Rendered, options: Options) -> list[Rendered]:
+def _cut(rendered: Rendered, options: Options, bos: int | None) -> list[Rendered]:
     """The sequence within max_length (several for ``split``); DataError if it must go or has no trained token."""
     length, limit = len(rendered.input_ids), options.max_length
     if limit is None or length <= limit:
@@ -225,14 +222,25 @@ def _cut(rendered: Rendered, options: Options) -> list[Rendered]:
     elif options.truncation_strategy == "right":
         pieces = [_slice(rendered, slice(0, limit))]
     elif options.truncation_strategy == "left":
-        pieces = [_slice(rendered, slice(length - limit, length))]
+        pieces = [_keep_end(rendered, limit, bos)]
     else:
         pieces = [_slice(rendered, slice(start, start + limit)) for start in range(0, length, limit)]
         pieces = [piece for piece in pieces if len(piece.input_ids) > 1]
-    if options.objective != "classify" and not all(any(label != IGNORED for label in piece.labels[1:]) for piece in pieces):
+    is_trained = all(any(label != IGNORED for label in piece.labels[1:]) for piece in pieces)
+    if options.objective != "classify" and not is_trained:
         cut = f" after cutting {length} tokens to {limit}" if limit is not None and length > limit else ""
         raise DataError(f"no trained token{' is left' if cut else ''}{cut}")
     return pieces
+
+
+def _keep_end(rendered: Rendered, limit: int, bos: int | None) -> Rendered:
+    ids = rendered.input_ids
+    end = _slice(rendered, slice(len(ids) - limit, len(ids)))
+    if ids[0] == bos and bos not in ids[1:]:
+        end.input_ids[0], end.labels[0] = ids[0], rendered.labels[0]
+        if end.weights is not None and rendered.weights is not None:
+            end.weights[0] = rendered.weights[0]
+    return end
 
 
 def _slice(rendered: Rendered, part: slice) -> Rendered:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from swift.data.records import Rejected
+from swift.files import explain_os_errors
 
 if TYPE_CHECKING:
     from swift.data.encode import Chunk
@@ -21,12 +22,18 @@ _FILES = {"input_ids": np.int32, "labels": np.int32, "weights": np.float32, "off
 
 
 class Encoded:
-    """Examples of token ids. ``encoded[i]`` is ``{"input_ids", "labels", "weights"}`` (numpy arrays, weights None if all
-    are 1), with ``label``, ``margin`` and ``channel`` if the row has them; of a pair it is ``{"chosen", "rejected"}`` of those.
+    """Examples of token ids.
+
+    ``encoded[i]`` is ``{"input_ids", "labels", "weights"}`` (numpy arrays; weights is None if all are 1), with
+    ``label``, ``margin`` and ``channel`` if the row has them. Of a pair it is ``{"chosen", "rejected"}`` of those.
     """
 
     def __init__(
-        self, arrays: dict[str, npt.NDArray[Any]], meta: dict[str, Any], rejected: list[Rejected], path: Path | None = None
+        self,
+        arrays: dict[str, npt.NDArray[Any]],
+        meta: dict[str, Any],
+        rejected: list[Rejected],
+        path: Path | None = None,
     ) -> None:
         self._ids, self._labels, self._weights = arrays["input_ids"], arrays["labels"], arrays.get("weights")
         self._offsets = arrays["offsets"]
@@ -82,7 +89,7 @@ class Encoded:
 
 
 class Writer:
-    """Collects chunks of examples. ``finish`` gives the Encoded, in ``place`` if that is given: complete or not at all."""
+    """Collects chunks of examples; ``finish`` gives the Encoded, in ``place`` if given: complete or not at all."""
 
     def __init__(self, *, is_paired: bool, place: Path | None) -> None:
         self.is_paired, self.place = is_paired, place
@@ -92,15 +99,16 @@ class Writer:
         self._offsets = [0]
         self._has_weights = False
         self._extras: list[dict[str, Any]] = []
-        self._rejected: list[Rejected] = []
+        self.rejected: list[Rejected] = []
         self._rows: set[int] = set()
         self._counts = {"truncated": 0, "tokens_cut": 0, "trained_tokens": 0}
         self._folder: Path | None = None
 
     def __enter__(self) -> "Writer":
         if self.place is not None:
-            self.place.parent.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(dir=self.place.parent, prefix=".unfinished-"))
+            with explain_os_errors(self.place):
+                self.place.parent.mkdir(parents=True, exist_ok=True)
+                self._folder = Path(tempfile.mkdtemp(dir=self.place.parent, prefix=".unfinished-"))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -110,7 +118,7 @@ class Writer:
     def add(self, chunk: "Chunk") -> None:
         for item in chunk:
             if isinstance(item, Rejected):
-                self._rejected.append(item)
+                self.rejected.append(item)
                 continue
             self.num_examples += 1
             self._rows.add(item.record)
@@ -145,20 +153,26 @@ class Writer:
             return
         for name, buffer in self._buffers.items():
             if buffer:
-                with (self._folder / f"{name}.bin").open("ab") as stream:
+                path = self._folder / f"{name}.bin"
+                with explain_os_errors(path), path.open("ab") as stream:
                     stream.write(buffer)
                 buffer.clear()
 
     def finish(self) -> Encoded:
         self._put("offsets", self._offsets)
-        meta = {"is_paired": self.is_paired, "stats": self._stats(), "extras": self._extras if any(self._extras) else None}
+        meta = {
+            "is_paired": self.is_paired,
+            "stats": self._stats(),
+            "extras": self._extras if any(self._extras) else None,
+        }
         if self.place is None or self._folder is None:
             kept = {name: np.frombuffer(bytes(buffer), _FILES[name]) for name, buffer in self._buffers.items() if buffer}
-            return Encoded(kept, meta, self._rejected)
+            return Encoded(kept, meta, self.rejected)
         self._flush()
-        meta["rejected"] = [{"source": item.source, "row": item.row, "reason": item.reason} for item in self._rejected]
+        meta["rejected"] = [{"source": item.source, "row": item.row, "reason": item.reason} for item in self.rejected]
         text = json.dumps(meta, ensure_ascii=False, default=str)
-        (self._folder / "meta.json").write_text(text, encoding="utf-8")
+        with explain_os_errors(self.place):
+            (self._folder / "meta.json").write_text(text, encoding="utf-8", errors="backslashreplace")
         try:
             os.rename(self._folder, self.place)
         except OSError:
@@ -173,12 +187,9 @@ class Writer:
         return {
             "examples": self.num_examples,
             "rows": len(self._rows),
-            "rejected": len(self._rejected),
+            "rejected": len(self.rejected),
             **self._counts,
             "tokens": self._offset,
             "mean_length": round(float(lengths.mean()), 1),
             "max_length": int(lengths.max()),
         }
-
-    def first_reasons(self, count: int = 3) -> str:
-        return "; ".join(f"{item.source}: {item.reason}" for item in self._rejected[:count])

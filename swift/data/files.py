@@ -72,6 +72,8 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 def _parse_line(path: Path, number: int, line: str) -> Any:
     try:
         return json.loads(line)
+    except RecursionError:
+        raise DataError(f"{path}:{number}: JSON that is nested too deeply") from None
     except json.JSONDecodeError as error:
         hint = "a .jsonl file has one JSON object a line"
         if number == 1 and line.strip() in ("[", "{"):
@@ -96,10 +98,8 @@ def _read_json(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}:{error.lineno}: not JSON at column {error.colno}: {error.msg}") from None
     if isinstance(value, dict):
         keys = [key for key in _ROW_KEYS if isinstance(value.get(key), list)]
-        if len(keys) == 1 and all(isinstance(row, dict) for row in value[keys[0]]):
-            value = value[keys[0]]
-        else:
-            value = [value]
+        has_rows = len(keys) == 1 and all(isinstance(row, dict) for row in value[keys[0]])
+        value = value[keys[0]] if has_rows else [value]
     if not isinstance(value, list):
         raise DataError(f"{path} holds a JSON {type(value).__name__}, not rows", hint="write a list of objects")
     for index, row in enumerate(value):
@@ -141,8 +141,8 @@ def _read_table(path: Path, delimiter: str) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
         table = pyarrow.parquet.ParquetFile(path)

@@ -1,9 +1,8 @@
 """Data sets to checked records: read, convert, check, sample, split. Nothing here needs a model."""
 
+import hashlib
 import json
-import os
 import random
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,9 @@ from swift.data.formats import to_record
 from swift.data.formats.columns import ALIASES
 from swift.data.identity import Identity, has_placeholder
 from swift.data.media import beside
-from swift.data.records import Message, Record, Rejected, fault
+from swift.data.records import WANTS, Message, Record, Rejected, fault, summary
 from swift.errors import ConfigError, DataError, near
+from swift.files import new_file
 
 
 @dataclass
@@ -43,6 +43,9 @@ def load_records(
     system: str | None = None,
     split_ratio: float = 0.0,
     val_datasets: Sequence[str] = (),
+    use_hf: bool | None = None,
+    hub_token: str | None = None,
+    offline: bool = False,
 ) -> Loaded:
     """Read ``datasets`` (see ``sources.parse_spec``) into records that serve an objective wanting ``want``.
 
@@ -50,18 +53,23 @@ def load_records(
     n // rows times, and samples the rest. ``split_ratio`` sends that share of the distinct rows, at least one, to
     validation before anything repeats; equal rows stay together. ``columns`` maps column names to known ones;
     ``system`` is for rows without a system prompt; ``model_name`` and ``model_author`` (or [Chinese, English]) replace
-    {{NAME}} and {{AUTHOR}}. For "grpo" a final answer moves to ``extra["response"]``.
+    {{NAME}} and {{AUTHOR}}. For "grpo" a final answer moves to ``extra["response"]``. ``use_hf``, ``hub_token`` and
+    ``offline`` are for ids of hubs.
 
-    Raises DataError if a file cannot be read, if nothing is left, if more than the share ``max_rejected`` of the rows is
-    rejected, or, with ``strict``, if one is.
+    Raises DataError if a file cannot be read, if nothing is left, if more than the share ``max_rejected`` of the rows
+    is rejected, or, with ``strict``, if one is.
     """
     if not datasets:
         raise ConfigError("no data set is given", hint="give --dataset, for instance --dataset snow-alerts")
+    if want not in WANTS:
+        raise ConfigError(f"unknown kind of row {want!r}", hint=f"known: {', '.join(WANTS)}")
     if val_datasets and split_ratio:
         raise ConfigError("val_dataset and split_dataset_ratio are both given", hint="set --split_dataset_ratio 0")
     if not 0 <= split_ratio < 1:
         raise ConfigError(f"split_dataset_ratio is {split_ratio}", hint="give a share of at least 0 and less than 1")
-    reader = _Reader(want, dict(columns or {}), strict, system, Identity.of(model_name, model_author))
+    hub_options = {"use_hf": use_hf, "token": hub_token, "offline": offline}
+    identity = Identity.of(model_name, model_author)
+    reader = _Reader(want, dict(columns or {}), strict, system, identity, hub_options, has_keys=split_ratio > 0)
     randomness = random.Random(data_seed)
     train: list[Record] = []
     validation: list[Record] = []
@@ -69,7 +77,8 @@ def load_records(
         spec = sources.parse_spec(name)
         records = reader.read(spec)
         size = len(records) if spec.num_samples is None else spec.num_samples
-        kept, held = split(records[:size] if not shuffle else _sample(records, size, randomness), split_ratio, randomness)
+        taken = _sample(records, size, randomness) if shuffle else records[:size]
+        kept, held = split(taken, split_ratio, randomness, reader.keys)
         train += _repeat(kept, size - len(held), shuffle, randomness)
         validation += held
     for name in val_datasets:
@@ -79,9 +88,9 @@ def load_records(
         validation += _repeat(records, size, shuffle_validation, randomness)
     reader.finish(max_rejected)
     if not train:
-        raise DataError("no row is left to train on", hint=reader.first_reasons())
+        raise DataError("no row is left to train on", hint=summary(reader.rejected) or None)
     if val_datasets and not validation:
-        raise DataError("no row is left in the validation set", hint=reader.first_reasons())
+        raise DataError("no row is left in the validation set", hint=summary(reader.rejected) or None)
     if shuffle:
         randomness.shuffle(train)
     if shuffle_validation:
@@ -89,16 +98,16 @@ def load_records(
     return Loaded(train, validation, reader.rejected)
 
 
-def split(records: list[Record], ratio: float, randomness: random.Random) -> tuple[list[Record], list[Record]]:
-    """(train, validation): validation gets ``ratio`` of the records, at least one; equal conversations stay together.
+def split(records: list[Record], ratio: float, randomness: random.Random, keys: Mapping[str, bytes]) -> tuple[list[Record], list[Record]]:
+    """(train, validation): validation gets ``ratio`` of the records, at least one; those of one key stay together.
 
-    Both keep the order of ``records``. Raises DataError if one side would be empty.
+    ``keys`` is by source. Both sides keep the order of ``records``. Raises DataError if train would be empty.
     """
     if ratio == 0 or not records:
         return records, []
-    groups: dict[str, list[int]] = {}
+    groups: dict[bytes, list[int]] = {}
     for index, record in enumerate(records):
-        groups.setdefault(_content(record), []).append(index)
+        groups.setdefault(keys[record.source], []).append(index)
     wanted = max(1, int(len(records) * ratio))
     held: set[int] = set()
     order = list(groups.values())
@@ -117,19 +126,17 @@ def split(records: list[Record], ratio: float, randomness: random.Random) -> tup
 
 def write_rejected(path: str | Path, rejected: Iterable[Rejected]) -> None:
     """Write one JSON object a line: source, reason, row."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+    with new_file(Path(path)) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
         for item in rejected:
             line = {"source": item.source, "reason": item.reason, "row": item.row}
             stream.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-    os.replace(temporary, path)
 
 
-def _content(record: Record) -> str:
+def _key(record: Record) -> bytes:
+    """Equal for records with the same conversations."""
     sides = [record.messages, record.rejected or [], *record.positives]
-    return json.dumps([[message.for_template() for message in side] for side in sides], default=str)
+    text = json.dumps([[message.for_template() for message in side] for side in sides], default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def _sample(records: list[Record], size: int, randomness: random.Random) -> list[Record]:
@@ -147,26 +154,43 @@ def _repeat(records: list[Record], size: int, shuffle: bool, randomness: random.
 class _Reader:
     """Reads data sets, keeping count of rows, rejected rows and the columns that were seen."""
 
-    def __init__(self, want: str, columns: dict[str, str], strict: bool, system: str | None, identity: Identity) -> None:
+    def __init__(
+        self,
+        want: str,
+        columns: dict[str, str],
+        strict: bool,
+        system: str | None,
+        identity: Identity,
+        hub_options: dict[str, Any],
+        *,
+        has_keys: bool,
+    ) -> None:
         self.want, self.columns, self.strict, self.system, self.identity = want, columns, strict, system, identity
+        self.hub_options = hub_options
+        self.has_keys = has_keys
+        self.keys: dict[str, bytes] = {}
         self.num_rows = 0
         self.rejected: list[Rejected] = []
         self.seen_columns: dict[str, None] = {}
         self.num_placeholders = 0
 
     def read(self, spec: sources.Spec) -> list[Record]:
-        records = []
-        for source, row in sources.rows(spec):
+        records: list[Record] = []
+        for source, row in sources.rows(spec, **self.hub_options):
             self.num_rows += 1
             if isinstance(row, dict):
                 self.seen_columns.update(dict.fromkeys(map(str, row)))
             try:
                 record = to_record(row, columns=self.columns, source=source)
+                if self.has_keys:
+                    self.keys[source] = _key(record)
                 self._complete(record, row)
                 reason = fault(record, self.want)
             except DataError as error:
                 reason = error.message
             if reason is None:
+                if not records:
+                    self._tell_unused(record, row, spec.name)
                 records.append(record)
                 continue
             if self.strict:
@@ -174,12 +198,21 @@ class _Reader:
             self.rejected.append(Rejected(source, row, reason))
         return records
 
+    def _tell_unused(self, record: Record, row: dict[str, Any], name: str) -> None:
+        """Say which columns lost against another of the same meaning."""
+        meanings = {*ALIASES["query"], *ALIASES["response"]}
+        unused = [column for column in record.extra if column in meanings]
+        if unused and self.want != "grpo" and not any(column in row for column in ("messages", *ALIASES["messages"])):
+            console.notice(f"{name}: {', '.join(unused)} not used, another column has the same meaning (choose with --columns)")
+
     def _complete(self, record: Record, row: Any) -> None:
         """Apply what the options say about every record."""
         conversations = [record.messages, *([record.rejected] if record.rejected else [])]
         if self.want == "grpo" and record.messages[-1:] and record.messages[-1].role == "assistant":
             record.extra["response"] = record.messages.pop().text()
             record.extra.update({name: row[name] for name in ALIASES["response"] if name in row})
+        if self.want == "kto" and record.label in (0, 1):
+            record.label = bool(record.label)
         if self.want in ("classify", "embedding", "reranker") and len(record.messages) == 1:
             record.messages[0].role = "user"
         for conversation in conversations:
@@ -204,21 +237,10 @@ class _Reader:
                 hint=f"did you mean {match!r}?" if match else f"columns: {', '.join(self.seen_columns)}",
             )
         if self.num_placeholders:
-            console.warn(
-                f"{self.num_placeholders} rows hold {{{{NAME}}}} or {{{{AUTHOR}}}}: give --model_name and --model_author"
-            )
+            console.warn(f"{self.num_placeholders} rows hold {{{{NAME}}}} or {{{{AUTHOR}}}}: give --model_name and --model_author")
         if not self.rejected:
             return
         facts = f"{len(self.rejected)} of {self.num_rows} rows are rejected"
         if len(self.rejected) > max_rejected * self.num_rows:
-            raise DataError(f"{facts}, more than {max_rejected:.0%}: {self.first_reasons()}")
-        console.warn(f"{facts}: {self.first_reasons(1)}")
-
-    def first_reasons(self, count: int = 3) -> str:
-        """The first reasons that differ, each with its first row."""
-        reasons: dict[str, str] = {}
-        for item in self.rejected:
-            reasons.setdefault(item.reason, item.source)
-        listed = [f"{source}: {reason}" for reason, source in list(reasons.items())[:count]]
-        more = len(reasons) - len(listed)
-        return "; ".join(listed) + (f"; {more} other reasons" if more > 0 else "")
+            raise DataError(f"{facts}, more than {max_rejected:.0%}: {summary(self.rejected)}")
+        console.warn(f"{facts}: {summary(self.rejected, 1)}")

@@ -79,9 +79,7 @@ def _split(message: Message, columns: dict[str, list[Any]]) -> list[dict[str, An
     return made
 
 
-def _add_unnamed(
-    messages: list[Message], parts: list[list[dict[str, Any]]], named: dict[str, int], waiting: dict[str, list[Any]]
-) -> None:
+def _add_unnamed(messages: list[Message], parts: list[list[dict[str, Any]]], named: dict[str, int], waiting: dict[str, list[Any]]) -> None:
     """Put a part for each file that no marker names before the text of the first user message."""
     missing = [{"type": kind} for kind, files in waiting.items() for _ in range(len(files) - named[kind])]
     if not missing:

@@ -28,8 +28,8 @@ def batches(
 ) -> list[list[int]]:
     """Index lists of ``batch_size`` examples, the last one shorter if it must be; every example once.
 
-    ``group_by_length`` needs ``lengths`` and does what transformers' option does: the shuffled order is cut into groups of
-    50 batches (fewer for small sets: a quarter of the set), each group is sorted from long to short, and the longest
+    ``group_by_length`` needs ``lengths`` and does what transformers' option does: the shuffled order is cut into groups
+    of 50 batches (fewer for small sets: a quarter of the set), each group is sorted from long to short, and the longest
     example of all comes first, so that too large a batch fails at once.
     """
     order = epoch_order(n, seed, epoch, shuffle)

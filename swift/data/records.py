@@ -1,5 +1,8 @@
 """What a row of training data is once its file format no longer matters, and what is wrong with a bad one."""
 
+import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -81,6 +84,26 @@ class Rejected:
     reason: str
 
 
+def reasons(rejected: Iterable[Rejected]) -> list[tuple[int, str, str]]:
+    """(count, reason, source) of each kind of reason, most frequent first, shown by its first row.
+
+    Reasons that differ only in their numbers are of one kind.
+    """
+    kinds: dict[str, tuple[int, str, str]] = {}
+    for item in rejected:
+        kind = re.sub(r"\d+", "#", item.reason)
+        count, reason, source = kinds.get(kind, (0, item.reason, item.source))
+        kinds[kind] = (count + 1, reason, source)
+    return sorted(kinds.values(), key=lambda entry: -entry[0])
+
+
+def summary(rejected: Iterable[Rejected], count: int = 3) -> str:
+    """The ``count`` most frequent reasons as one line."""
+    kinds = reasons(rejected)
+    listed = [f"{number} x {reason} ({source})" for number, reason, source in kinds[:count]]
+    return "; ".join(listed) + (f"; {len(kinds) - count} other reasons" if len(kinds) > count else "")
+
+
 def validate(record: Record, want: str) -> None:
     """Raise DataError, naming the row, if ``record`` cannot serve an objective that wants ``want`` (one of WANTS)."""
     reason = fault(record, want)
@@ -104,6 +127,8 @@ def fault(record: Record, want: str) -> str | None:
 def _message_fault(messages: list[Message]) -> str | None:
     for index, message in enumerate(messages):
         where = f"message {index + 1} ({message.role})"
+        if not _is_text(message):
+            return f"{where} holds half of a surrogate pair, which is no text"
         if message.role not in ROLES:
             return f"message {index + 1} has the unknown role {message.role!r}"
         if message.role == "system" and index > 0:
@@ -119,13 +144,25 @@ def _message_fault(messages: list[Message]) -> str | None:
     return None
 
 
+def _is_text(message: Message) -> bool:
+    """Whether the strings of a message can be written as UTF-8: JSON may hold half of a surrogate pair."""
+    try:
+        message.text().encode()
+        if message.tool_calls:
+            json.dumps(message.tool_calls, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _sft_fault(record: Record) -> str | None:
     reason = _answer_fault(record.messages, "the row")
     if reason is not None:
         return reason
     if all(message.role == "assistant" for message in record.messages):
         return "the row has no user message (plain text is trained on by `swift pt`)"
-    if all(message.loss is False or message.loss_scale == 0 for message in record.messages if message.role == "assistant"):
+    answers = [message for message in record.messages if message.role == "assistant"]
+    if all(message.loss is False or message.loss_scale == 0 for message in answers):
         return "every assistant message has loss false, so nothing would be trained"
     return None
 
@@ -140,10 +177,7 @@ def _answer_fault(messages: list[Message], name: str) -> str | None:
 
 def _pt_fault(record: Record) -> str | None:
     if len(record.messages) != 1 or record.messages[0].role != "assistant":
-        return (
-            f"pre-training wants one text (a `text` column, or one assistant message), "
-            f"the row has {len(record.messages)} messages"
-        )
+        return f"pre-training wants one text (a `text` column, or one assistant message), the row has {len(record.messages)} messages"
     return None
 
 
@@ -156,7 +190,8 @@ def _preference_fault(record: Record) -> str | None:
     reason = _answer_fault(record.rejected, "the rejected conversation")
     if reason is not None:
         return reason
-    if [message.for_template() for message in record.messages] == [message.for_template() for message in record.rejected]:
+    chosen, rejected = ([message.for_template() for message in side] for side in (record.messages, record.rejected))
+    if chosen == rejected:
         return "the rejected answer equals the chosen one"
     return None
 

@@ -1,5 +1,6 @@
 """Records to token ids and labels, through the tokenizer's chat template and without code for any model."""
 
+import itertools
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,9 +89,8 @@ class Renderer:
         self.loss_scale = LossScale.parse("all" if objective == "pt" else loss_scale)
         self.tokenizer = text_tokenizer(tokenizer)
         self.template: ChatTemplate | None = None
-        if use_chat_template and objective != "pt":
-            self.template = ChatTemplate(tokenizer, chat_template=chat_template, enable_thinking=enable_thinking)
-        elif use_chat_template and (self.tokenizer.chat_template or chat_template):
+        has_template = bool(self.tokenizer.chat_template or chat_template)
+        if use_chat_template and (objective != "pt" or has_template):
             self.template = ChatTemplate(tokenizer, chat_template=chat_template, enable_thinking=enable_thinking)
 
     def lay_out(self, record: Record) -> list[Layout]:
@@ -154,7 +154,7 @@ def _in_pieces(layout: Layout, tokenizer: Any) -> tuple[list[int], list[float]]:
     cuts = sorted({0, len(layout.text), *(span.start for span in layout.spans), *(span.end for span in layout.spans)})
     ids: list[int] = []
     weights: list[float] = []
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in itertools.pairwise(cuts):
         piece = tokenizer(layout.text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
         weight = next((span.weight for span in reversed(layout.spans) if span.start <= start < span.end), 0.0)
         ids += piece

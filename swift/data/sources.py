@@ -13,7 +13,7 @@ from swift.errors import DataError, near
 Row = tuple[str, Any]
 
 BUILT_IN = {"snow-alerts": Path(__file__).parent / "snow_alerts"}
-_HUBS = ("hf", "ms", "pkg")
+_HUBS = ("hf", "ms")
 _SPLITS = {
     "train": re.compile(r"(^|[^a-z])(train|training)([^a-z]|$)"),
     "validation": re.compile(r"(^|[^a-z])(validation|valid|val|dev|eval)([^a-z]|$)"),
@@ -44,7 +44,10 @@ def parse_spec(text: str) -> Spec:
     prefix, separator, rest = name.partition("::")
     if separator:
         if prefix not in (*_HUBS, "swift"):
-            raise DataError(f"{text}: unknown prefix {prefix}::", hint="use hf:: (Hugging Face), ms:: (ModelScope) or swift:: (built in)")
+            raise DataError(
+                f"{text}: unknown prefix {prefix}::",
+                hint="use hf:: (Hugging Face), ms:: (ModelScope) or swift:: (built in)",
+            )
         hub, name = prefix, rest
     subsets: tuple[str, ...] = ()
     if not Path(name).expanduser().exists():
@@ -54,14 +57,14 @@ def parse_spec(text: str) -> Spec:
     return Spec(name, hub, subsets, num_samples)
 
 
-def rows(spec: Spec) -> Iterator[Row]:
+def rows(spec: Spec, **hub_options: Any) -> Iterator[Row]:
     """Every row of the data set as (position, value), streamed where the format allows it.
 
     A position is ``file:line`` or ``file[index]``. The value is a dict unless the file holds something else.
     Raises DataError if there is no such data set, if it is empty, or if a file cannot be read as what it says it is.
     """
     is_empty = True
-    for path in locate(spec):
+    for path in locate(spec, **hub_options):
         for row in files.read(path):
             is_empty = False
             yield row
@@ -69,8 +72,8 @@ def rows(spec: Spec) -> Iterator[Row]:
         raise DataError(f"{spec.name} has no rows")
 
 
-def locate(spec: Spec) -> list[Path]:
-    """The data files of ``spec``, sorted; fetches them if it is an id of a hub."""
+def locate(spec: Spec, **hub_options: Any) -> list[Path]:
+    """The data files of ``spec``, sorted; an id is fetched by ``hub.resolve``, which gets ``hub_options``."""
     if spec.hub == "swift" or (spec.hub is None and spec.name in BUILT_IN and not Path(spec.name).exists()):
         if spec.name not in BUILT_IN:
             raise DataError(f"no built-in data set {spec.name!r}", hint=_suggest(spec.name, BUILT_IN))
@@ -82,16 +85,16 @@ def locate(spec: Spec) -> list[Path]:
         return [path]
     if spec.hub is None and path.is_dir():
         return _pick(path, spec.subsets)
-    if spec.hub is None and not _looks_like_id(spec.name):
+    if spec.hub is None and (path.parent.is_dir() or not _looks_like_id(spec.name)):
         raise DataError(f"{spec.name} does not exist", hint=_suggest_path(path))
     from swift import hub
 
     reference = f"{spec.hub}::{spec.name}" if spec.hub else spec.name
-    return _pick(Path(hub.resolve(reference, repo_type="dataset").path), spec.subsets)
+    return _pick(Path(hub.resolve(reference, repo_type="dataset", **hub_options).path), spec.subsets)
 
 
 def _looks_like_id(name: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and files.suffix_of(Path(name)) is None
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name) is not None and files.suffix_of(Path(name)) is None
 
 
 def _suggest(name: str, known: Any) -> str:
@@ -112,7 +115,7 @@ def _suggest_path(path: Path) -> str:
 
 
 def _pick(folder: Path, subsets: tuple[str, ...]) -> list[Path]:
-    """The data files below ``folder`` that belong to ``subsets``; without subsets, the train split if there are splits."""
+    """The data files below ``folder`` of ``subsets``; without subsets all, or the train split if there are splits."""
     found = sorted(
         path
         for path in folder.rglob("*")

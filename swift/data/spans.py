@@ -51,7 +51,8 @@ class LossScale:
             strategy, others = "default", ["ignore_empty_think", *others]
         if strategy not in STRATEGIES or others not in ([], ["ignore_empty_think"]):
             raise ConfigError(
-                f"unknown loss_scale {text!r}", hint=f"known: {', '.join(STRATEGIES)}, each with or without +ignore_empty_think"
+                f"unknown loss_scale {text!r}",
+                hint=f"known: {', '.join(STRATEGIES)}, each with or without +ignore_empty_think",
             )
         return LossScale(strategy, bool(others))
 
@@ -69,15 +70,14 @@ def chat_layouts(record: Record, template: ChatTemplate, loss_scale: LossScale) 
     """The conversation with the spans of its trained turns: one layout, or one for each trained turn if the template
     renders a turn differently once others follow.
 
-    Spans come from the template's generation markers if it has them, else from rendering the messages up to a turn. They
-    include the token that ends the turn and not the white space after it. Raises DataError if the answer cannot be found.
+    Spans come from the template's generation markers if it has them, else from rendering the messages up to a turn.
+    They include the token that ends the turn and not the white space after it. Raises DataError if the answer cannot be
+    found.
     """
     rendered = _Rendered(record, template)
     last = max((index for index, message in enumerate(record.messages) if message.role == "assistant"), default=-1)
     turns = {
-        index: loss_scale.weight(message, index == last)
-        for index, message in enumerate(record.messages)
-        if message.role == "assistant"
+        index: loss_scale.weight(message, index == last) for index, message in enumerate(record.messages) if message.role == "assistant"
     }
     if loss_scale.strategy == "all":
         whole = Span(0, len(rendered.whole), 1.0)

@@ -6,19 +6,11 @@ from typing import Any
 
 from swift.data import tools as tool_text
 from swift.errors import ConfigError, DataError, ModelError
-
-BUILT_IN = {
-    "chatml": (
-        "{% for message in messages %}"
-        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    ),
-}
+from swift.model.template import BUILT_IN
 
 
 class ChatTemplate:
-    """A tokenizer with its template, or with ``chat_template``: a Jinja text or a name of BUILT_IN.
+    """A tokenizer with its template, or with ``chat_template``: a Jinja text or a built-in name.
 
     ``ends`` are the special tokens that can end a turn. Raises DataError if there is no template at all and ConfigError
     if ``enable_thinking`` is given to a template that does not read it.
@@ -79,7 +71,8 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[dict[str, Any]], tools: Any, prompt: bool, kwargs: Any, *, want_spans: bool
     ) -> tuple[str, list[tuple[int, int]]]:
-        if not self.reads_tools and (tools or any(message.get("tool_calls") or message["role"] == "tool" for message in messages)):
+        uses_tools = tools or any(message.get("tool_calls") or message["role"] == "tool" for message in messages)
+        if uses_tools and not self.reads_tools:
             messages, tools = tool_text.as_text(messages, tools), None
         try:
             return self._call(messages, tools, prompt, kwargs, want_spans)
@@ -99,7 +92,7 @@ class ChatTemplate:
         if self.arguments_as_text:
             messages = [_with_argument_texts(message) for message in messages]
         try:
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[list(messages)],
                 tools=tools,
                 chat_template=self.source,
@@ -109,7 +102,8 @@ class ChatTemplate:
             )
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template refuses the messages: {error}") from None
-        return texts[0], [tuple(span) for span in spans[0]] if want_spans else []
+        texts, spans = rendered
+        return texts[0], [(start, end) for start, end in spans[0]] if want_spans else []
 
 
 def text_tokenizer(tokenizer: Any) -> Any:

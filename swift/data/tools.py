@@ -41,7 +41,7 @@ def as_text(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] 
 
 
 def read_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """(content, tool calls) of a text that a model wrote with these tags; a call that is not JSON stays in the content."""
+    """(content, tool calls) of a text that a model wrote with these tags; a call that is not JSON stays as it is."""
     calls: list[dict[str, Any]] = []
 
     def take(found: re.Match[str]) -> str:

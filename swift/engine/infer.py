@@ -75,6 +75,9 @@ def _records(config: InferConfig) -> list[Record]:
         system=read_system(config.system),
         split_ratio=config.split_dataset_ratio,
         val_datasets=config.val_dataset if config.dataset else [],
+        use_hf=config.use_hf,
+        hub_token=config.hub_token,
+        offline=config.offline,
     )
     for rejected in loaded.rejected:
         console.warn(f"{rejected.source} is left out: {rejected.reason}")

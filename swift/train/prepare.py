@@ -49,6 +49,9 @@ def prepare_data(config: SftConfig, snapshot: Snapshot) -> Data:
         system=read_system(config.system),
         split_ratio=config.split_dataset_ratio,
         val_datasets=config.val_dataset,
+        use_hf=config.use_hf,
+        hub_token=config.hub_token,
+        offline=config.offline,
     )
     tokenizer = load_tokenizer(snapshot.path, chat_template=read_template(config.chat_template))
     train = _encode(config, loaded.train, tokenizer)

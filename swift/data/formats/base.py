@@ -9,8 +9,10 @@ from swift.data.records import Record
 
 @dataclass(frozen=True)
 class Format:
-    """One layout of rows. ``matches`` sees the columns that hold something, ``convert`` raises DataError with the reason
-    (without the position, which the caller knows) if the row is not what its columns promise.
+    """One layout of rows.
+
+    ``matches`` sees the columns that hold something. ``convert`` raises DataError with the reason, without the position
+    (which the caller knows), if the row is not what its columns promise.
     """
 
     matches: Callable[[Set[str]], bool]

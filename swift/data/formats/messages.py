@@ -1,4 +1,4 @@
-"""Lists of messages: OpenAI's, Anthropic's, ShareGPT's (from, value), ms-swift's (tool_call roles), human/assistant pairs."""
+"""Lists of messages: OpenAI's, Anthropic's, ShareGPT's (from, value), ms-swift's (tool_call), human/assistant pairs."""
 
 from collections.abc import Set
 from typing import Any

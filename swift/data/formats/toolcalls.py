@@ -7,7 +7,7 @@ from swift.errors import DataError
 
 
 def read_tools(value: Any) -> list[dict[str, Any]] | None:
-    """Tools as ``[{"type": "function", "function": {...}}]`` from a list, JSON text, bare functions or Anthropic's shape."""
+    """Tools as ``[{"type": "function", "function": {...}}]``, of JSON text, bare functions or Anthropic's shape."""
     value = _parse(value, "tools")
     if not value:
         return None

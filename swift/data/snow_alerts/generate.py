@@ -5,14 +5,13 @@ Meteorological Administration for snowstorm and road icing: 4, 6, 10 and 15 mm o
 """
 
 import json
-import os
 import random
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from swift.data.snow_alerts.places import ADVICE, LEVELS, PLACES, Place
+from swift.files import new_file
 
 SEED = 2026
 NUM_TRAIN, NUM_VALIDATION = 480, 60
@@ -54,8 +53,15 @@ class Facts:
     def core(self) -> tuple[object, ...]:
         """What makes two warnings the same whatever their time and advice."""
         return (
-            self.kind, self.level, self.place.en, self.hours, self.snow_mm, self.depth_cm, self.wind_force, self.temperature,
-        )  # fmt: skip
+            self.kind,
+            self.level,
+            self.place.en,
+            self.hours,
+            self.snow_mm,
+            self.depth_cm,
+            self.wind_force,
+            self.temperature,
+        )
 
 
 def draw(randomness: random.Random) -> Facts:
@@ -119,10 +125,12 @@ def _tell_en(facts: Facts, randomness: random.Random) -> str:
     colour = LEVELS[facts.level][0]
     time = f"{facts.clock} on {facts.day} {_MONTHS[facts.month]}"
     title = f"{colour.capitalize()} warning: {name} in {facts.place.en}"
-    opening = randomness.choice((
-        f"At {time}, {facts.place.office_en} issued a level {facts.level} warning.",
-        f"{facts.place.office_en} issued a level {facts.level} warning at {time}.",
-    ))
+    opening = randomness.choice(
+        (
+            f"At {time}, {facts.place.office_en} issued a level {facts.level} warning.",
+            f"{facts.place.office_en} issued a level {facts.level} warning at {time}.",
+        )
+    )
     advice = [ADVICE[topic][index][0] for index in facts.advice]
     call = randomness.choice((f"For help, call {facts.hotline}.", f"Questions? Call {facts.hotline}.", f"Call {facts.hotline} for help."))
     steps = f"Please {', and '.join(advice)}."
@@ -166,9 +174,7 @@ def _ask_zh(facts: Facts, randomness: random.Random) -> str:
 def _tell_zh(facts: Facts, randomness: random.Random) -> str:
     _, name, _, topic = _KINDS[facts.kind]
     colour = LEVELS[facts.level][1]
-    opening = (
-        f"{facts.place.office_zh}{facts.month}月{facts.day}日{facts.clock}发布{name}{colour}预警："
-    )
+    opening = f"{facts.place.office_zh}{facts.month}月{facts.day}日{facts.clock}发布{name}{colour}预警："
     steps = f"请{ADVICE[topic][facts.advice[0]][1]}。"
     call = randomness.choice((f"咨询电话{facts.hotline}。", f"求助请打{facts.hotline}。"))
     return f"{opening}{_outlook_zh(facts, randomness)}\n{steps}{call}"
@@ -189,7 +195,7 @@ def rows(seed: int = SEED) -> tuple[list[dict[str, object]], list[dict[str, obje
     """(train, validation): 480 and 60 rows, three of five in English; no two warnings are the same."""
     randomness = random.Random(seed)
     seen: set[tuple[object, ...]] = set()
-    made = []
+    made: list[dict[str, object]] = []
     while len(made) < NUM_TRAIN + NUM_VALIDATION:
         facts = draw(randomness)
         if facts.core() in seen:
@@ -201,15 +207,14 @@ def rows(seed: int = SEED) -> tuple[list[dict[str, object]], list[dict[str, obje
 
 def write(folder: Path, seed: int = SEED) -> None:
     """Write both files, each at once."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, part in zip(("train", "validation"), rows(seed), strict=True):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in part)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=name)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(text.encode("utf-8"))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, folder / f"{name}.jsonl")
+        with new_file(folder / f"{name}.jsonl") as temporary:
+            temporary.write_bytes(text.encode("utf-8"))
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent, int(sys.argv[2]) if len(sys.argv) > 2 else SEED)
+    write(
+        Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent,
+        int(sys.argv[2]) if len(sys.argv) > 2 else SEED,
+    )

@@ -17,12 +17,20 @@ class Place:
 
 _CITIES = (
     ("Nanjing", "南京市", (("Jianye District", "建邺区"), ("Pukou District", "浦口区"), ("Lishui District", "溧水区"))),
-    ("Harbin", "哈尔滨市", (("Daoli District", "道里区"), ("Songbei District", "松北区"), ("Acheng District", "阿城区"))),
+    (
+        "Harbin",
+        "哈尔滨市",
+        (("Daoli District", "道里区"), ("Songbei District", "松北区"), ("Acheng District", "阿城区")),
+    ),
     ("Changchun", "长春市", (("Chaoyang District", "朝阳区"), ("Shuangyang District", "双阳区"))),
     ("Shenyang", "沈阳市", (("Heping District", "和平区"), ("Hunnan District", "浑南区"))),
     ("Urumqi", "乌鲁木齐市", (("Tianshan District", "天山区"), ("Midong District", "米东区"))),
     ("Hohhot", "呼和浩特市", (("Saihan District", "赛罕区"), ("Xincheng District", "新城区"))),
-    ("Beijing", "北京市", (("Yanqing District", "延庆区"), ("Huairou District", "怀柔区"), ("Haidian District", "海淀区"))),
+    (
+        "Beijing",
+        "北京市",
+        (("Yanqing District", "延庆区"), ("Huairou District", "怀柔区"), ("Haidian District", "海淀区")),
+    ),
     ("Zhengzhou", "郑州市", (("Jinshui District", "金水区"), ("Gongyi", "巩义市"))),
     ("Xi'an", "西安市", (("Yanta District", "雁塔区"), ("Lintong District", "临潼区"))),
     ("Wuhan", "武汉市", (("Jiangxia District", "江夏区"), ("Huangpi District", "黄陂区"))),
@@ -41,9 +49,7 @@ _ABROAD = (
 )
 PLACES = (
     *(
-        Place(
-            f"{en}, {city_en}", zh, f"{city_en} Meteorological Observatory", f"{city_zh}气象台", ("12121", "12345")
-        )
+        Place(f"{en}, {city_en}", zh, f"{city_en} Meteorological Observatory", f"{city_zh}气象台", ("12121", "12345"))
         for city_en, city_zh, districts in _CITIES
         for en, zh in districts
     ),

@@ -1,0 +1,90 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from swift.engine.text import Sampling, _until_stop_word, complete, stream
+from swift.errors import DataError
+
+PROMPTS = ["What is snow", "Heavy snow is expected in the north, and the roads"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def ids(tokenizer, text):
+    return tokenizer(text).input_ids
+
+
+def test_a_greedy_answer_is_the_argmax_of_each_step(model, tokenizer):
+    prompt = ids(tokenizer, PROMPTS[0])
+    expected = list(prompt)
+    for _ in range(8):
+        expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+    answer = complete(model, tokenizer, [prompt], Sampling(max_new_tokens=8, temperature=0))[0]
+    assert answer.token_ids == expected[len(prompt) :]
+    assert answer.finish_reason == "length"
+
+
+def test_prompts_of_a_batch_are_answered_as_if_alone(model, tokenizer):
+    prompts = [ids(tokenizer, text) for text in PROMPTS]
+    greedy = Sampling(max_new_tokens=12, temperature=0)
+    together = complete(model, tokenizer, prompts, greedy)
+    alone = [complete(model, tokenizer, [prompt], greedy)[0] for prompt in prompts]
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
+
+
+def test_streamed_pieces_make_the_whole_answer(model, tokenizer):
+    prompt = ids(tokenizer, PROMPTS[1])
+    greedy = Sampling(max_new_tokens=12, temperature=0)
+    assert "".join(stream(model, tokenizer, prompt, greedy)) == complete(model, tokenizer, [prompt], greedy)[0].text
+
+
+def test_a_closed_stream_stops_the_generation(model, tokenizer):
+    pieces = stream(model, tokenizer, ids(tokenizer, PROMPTS[0]), Sampling(max_new_tokens=1500, temperature=1.0))
+    next(pieces)
+    pieces.close()  # joins the thread: it would take long if it went on
+
+
+def test_an_end_token_ends_the_answer_and_is_no_part_of_it(model, tokenizer):
+    prompt = ids(tokenizer, PROMPTS[0])
+    first = complete(model, tokenizer, [prompt], Sampling(max_new_tokens=1, temperature=0))[0].token_ids[0]
+    model.generation_config.eos_token_id = first
+    try:
+        answer = complete(model, tokenizer, [prompt], Sampling(max_new_tokens=5, temperature=0))[0]
+    finally:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    assert (answer.text, answer.token_ids, answer.finish_reason) == ("", [], "stop")
+
+
+def test_the_same_seed_gives_the_same_sample(model, tokenizer):
+    prompt = ids(tokenizer, PROMPTS[0])
+    answers = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        answers.append(complete(model, tokenizer, [prompt], Sampling(max_new_tokens=12, temperature=1.0))[0].token_ids)
+    assert answers[0] == answers[1]
+
+
+def test_a_prompt_that_fills_the_context_is_refused(model, tokenizer):
+    with pytest.raises(DataError, match="context 5"):
+        complete(model, tokenizer, [[4] * 5], Sampling(max_model_len=5))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (["ab", "cEN", "Dxy"], "abc"),  # a stop word over two pieces
+        (["ab", "EN", "x"], "abENx"),  # only its beginning
+        (["ab", "EN"], "abEN"),  # its beginning at the very end
+        (["END", "x"], ""),
+    ],
+)
+def test_a_stream_ends_before_a_stop_word(pieces, expected):
+    assert "".join(_until_stop_word(iter(pieces), ["END"])) == expected
