@@ -21,7 +21,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "models pull": ("ModelConfigArgument", "swift.hub.commands:models_pull", "fetch a model into the cache"),
     "models show": ("ModelConfigArgument", "swift.hub.commands:models_show", "what a model is: size, precision, context, licence"),
     "models rm": ("ModelConfigArgument", "swift.hub.commands:models_rm", "remove a model from the cache"),
-    "data inspect": ("DataInspectConfig", "swift.data.commands:data_inspect", "see rows as the model sees them, with what is trained marked"),
+    "data inspect": (
+        "DataInspectConfig",
+        "swift.data.commands:data_inspect",
+        "see rows as the model sees them, with what is trained marked",
+    ),
     "runs list": ("RunsConfig", "swift.train.commands:runs_list", "runs in a folder, with their losses"),
     "runs show": ("RunsConfig", "swift.train.commands:runs_show", "one run: its report and its checkpoints"),
     "audit": ("RunsConfig", "swift.train.commands:audit_verify", "check that a run's audit record was not changed"),

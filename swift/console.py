@@ -63,7 +63,9 @@ def warn(text: str) -> None:
 def error(problem: SwiftError) -> None:
     """The one line (and the hint) by which a command fails."""
     if _json_mode:
-        print(json.dumps({"event": "error", "text": problem.message, "hint": problem.hint}, ensure_ascii=False), file=sys.stderr, flush=True)
+        print(
+            json.dumps({"event": "error", "text": problem.message, "hint": problem.hint}, ensure_ascii=False), file=sys.stderr, flush=True
+        )
         return
     _to_stderr("error", problem.message, "red")
     if problem.hint:
@@ -103,9 +105,15 @@ def progress(*, transient: bool = False) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[facts]}"),
-        console=rich_console(), transient=transient, disable=not is_terminal() or not is_main_rank(),
+        console=rich_console(),
+        transient=transient,
+        disable=not is_terminal() or not is_main_rank(),
     )
 
 

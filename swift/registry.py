@@ -58,5 +58,5 @@ class Registry:
         if self._plugins_read:
             return
         self._plugins_read = True
-        for point in entry_points(group=self.group):
+        for point in entry_points(group=self.group or ""):
             self._members.setdefault(point.name, point.value)

@@ -35,7 +35,10 @@ def rows(tmp_path):
     with path.open("w") as file:
         for number in range(40):
             answer = " ".join(["snow"] * (1 + number % 7)) + f" {number}"
-            file.write(json.dumps({"messages": [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": answer}]}) + "\n")
+            file.write(
+                json.dumps({"messages": [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": answer}]})
+                + "\n"
+            )
     return path
 
 
@@ -47,8 +50,17 @@ def run(tiny_model, rows, tmp_path):
 
     def start(name="run", **options):
         defaults = dict(
-            model=str(tiny_model), dataset=str(rows), output_dir=str(tmp_path / name), add_version=False, report_to="none",
-            max_steps=6, per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-2, logging_steps=1, report_samples=0,
+            model=str(tiny_model),
+            dataset=str(rows),
+            output_dir=str(tmp_path / name),
+            add_version=False,
+            report_to="none",
+            max_steps=6,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+            logging_steps=1,
+            report_samples=0,
         )
         return sft(**(defaults | options))
 

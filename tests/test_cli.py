@@ -16,7 +16,8 @@ def swift(*words, **more):
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["sft", "--help"], ["models", "list", "--help"]])
 def test_help_loads_no_heavy_package(words):
-    code = f"import sys; from swift import cli; cli.run({words!r}); print([m for m in ('torch', 'transformers', 'msgspec', 'yaml') if m in sys.modules])"
+    heavy = ("torch", "transformers", "msgspec", "yaml")
+    code = f"import sys; from swift import cli; cli.run({words!r}); print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 

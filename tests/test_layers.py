@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torch", "transformers", "peft", "numpy", "pyarrow", "huggingface_hub", "modelscope", "datasets", "matplotlib", "gguf")
+HEAVY = ("torch", "transformers", "peft", "numpy", "pyarrow", "huggingface_hub", "modelscope_hub", "datasets", "matplotlib", "gguf")
 
 
 def test_imports_go_in_one_direction(tmp_path):

@@ -22,7 +22,9 @@ class SftConfig(RunConfig, PrecisionConfig, StepsConfig, TunerConfig, TemplateCo
         if not self.dataset:
             raise ConfigError("no data is given", hint="say --dataset FILE, or --dataset snow-alerts to try the built-in one")
         if self.truncation_strategy == "split" and not isinstance(self, PtConfig):
-            raise ConfigError("--truncation_strategy split is for pt: pieces of a conversation lose their prompt", hint="use delete, left or right")
+            raise ConfigError(
+                "--truncation_strategy split is for pt: pieces of a conversation lose their prompt", hint="use delete, left or right"
+            )
 
 
 @dataclass(kw_only=True)
@@ -133,7 +135,15 @@ class RunsConfig(Config):
 
 
 COMMAND_CONFIGS: tuple[type[Config], ...] = (
-    SftConfig, PtConfig, InferConfig, ChatConfig, MergeConfig, ModelsListConfig, ModelConfigArgument, DataInspectConfig, RunsConfig,
+    SftConfig,
+    PtConfig,
+    InferConfig,
+    ChatConfig,
+    MergeConfig,
+    ModelsListConfig,
+    ModelConfigArgument,
+    DataInspectConfig,
+    RunsConfig,
 )
 
 

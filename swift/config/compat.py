@@ -173,9 +173,7 @@ def _local_rank_notice(given: str) -> str | None:
         return "--local_rank 0 is not needed: LOCAL_RANK is not set, so this process is the only one"
     if fact != given:
         told = "LOCAL_RANK is not set" if fact is None else f"LOCAL_RANK is {fact}"
-        raise ConfigError(
-            f"--local_rank {given} was given, but {told}", hint="start with torchrun, and remove --local_rank"
-        )
+        raise ConfigError(f"--local_rank {given} was given, but {told}", hint="start with torchrun, and remove --local_rank")
     return f"--local_rank {given} is not needed: LOCAL_RANK={fact} says it"
 
 

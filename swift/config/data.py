@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from swift.config.options import Config, opt
-from swift.errors import ConfigError
 
 LOSS_SCALES = ("default", "last_round", "all")
 

@@ -22,7 +22,7 @@ def make_parser(cls: type[Config], command: str, summary: str) -> argparse.Argum
         formatter_class=_formatter(),
         argument_default=argparse.SUPPRESS,
     )
-    groups: dict[str, Any] = {}
+    groups: dict[type[Config], Any] = {}
     for field in options_of(cls):
         owner = _owner(cls, field.name)
         if owner not in groups:
@@ -131,7 +131,9 @@ def normalise(cls: type[Config], words: Sequence[str]) -> list[str]:
             raise ConfigError(f"--{name} is given twice", hint="give it once, with all its values")
         seen.add(name)
         values = (list(raw) if isinstance(raw, list) else [str(raw)]) if values else []
-        out += [f"--{name}={values[0]}"] if len(values) == 1 and not is_list(cls.__dataclass_fields__[name].type) else [f"--{name}", *values]
+        out += (
+            [f"--{name}={values[0]}"] if len(values) == 1 and not is_list(cls.__dataclass_fields__[name].type) else [f"--{name}", *values]
+        )
     return out
 
 

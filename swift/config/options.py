@@ -206,10 +206,12 @@ def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
                 match = near(str(item), choices)
                 hint = f"did you mean {match!r}?" if match else f"choose from: {', '.join(choices)}"
                 raise ConfigError(f"--{field.name} does not know {item!r}", hint=hint)
-    if isinstance(value, int | float):
-        if value != value or (low is not None and value < low) or (high is not None and value > high):
-            bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
-            raise ConfigError(f"--{field.name} takes {bounds}, not {value}")
+    is_outside = isinstance(value, int | float) and (
+        value != value or (low is not None and value < low) or (high is not None and value > high)
+    )
+    if is_outside:
+        bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
+        raise ConfigError(f"--{field.name} takes {bounds}, not {value}")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

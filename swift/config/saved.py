@@ -21,12 +21,13 @@ def saved_options(said: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | No
     """(source, options) saved by the run that ``said`` goes on from; None if it goes on from none."""
     resume = _one(said.get("resume_from_checkpoint"))
     if resume is not None:
-        place = (_one(said.get("output_dir")) or "output") if resume.lower() == "true" else resume
         if resume.lower() == "false":
             return None
-        path = find_args(Path(place))
+        run = (_one(said.get("output_dir")) or "output") if resume.lower() == "true" else resume
+        path = find_args(Path(run))
         if path is None:
-            raise CheckpointError(f"{place} holds no run to go on with", hint="name a run directory (it has an args.json) or a checkpoint-N in it")
+            hint = "name a run directory (it has an args.json) or a checkpoint-N in it"
+            raise CheckpointError(f"{run} holds no run to go on with", hint=hint)
         return f"checkpoint {path.parent}", read_args(path)
     adapters = said.get("adapters")
     place = _one(adapters) or _one(said.get("model"))

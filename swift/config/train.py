@@ -6,7 +6,14 @@ from swift.config.options import Config, opt
 from swift.errors import ConfigError
 
 SCHEDULES = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
 )
 
 
@@ -24,9 +31,7 @@ class StepsConfig(Config):
     lr_scheduler_kwargs: dict[str, float] | None = opt(None, 'JSON object of settings of the schedule: {"num_cycles": 2}')
     warmup_ratio: float = opt(0.0, "share of the steps in which the learning rate rises", minimum=0, maximum=1)
     warmup_steps: float = opt(0, "steps in which the learning rate rises; below 1 it is a share; overrides warmup_ratio", minimum=0)
-    optim: str = opt(
-        "adamw_torch_fused", "optimizer", choices=("adamw_torch", "adamw_torch_fused", "sgd", "adafactor")
-    )
+    optim: str = opt("adamw_torch_fused", "optimizer", choices=("adamw_torch", "adamw_torch_fused", "sgd", "adafactor"))
     weight_decay: float = opt(0.1, "decoupled weight decay; not applied to biases and norms", minimum=0)
     adam_beta1: float = opt(0.9, "decay of AdamW's first moment", minimum=0, maximum=1)
     adam_beta2: float = opt(0.95, "decay of AdamW's second moment", minimum=0, maximum=1)
@@ -49,7 +54,9 @@ class StepsConfig(Config):
         if self.optim in ("sgd", "adafactor"):
             self.refuse_without_effect(("adam_beta1", "adam_beta2", "adam_epsilon"), f"with --optim {self.optim}")
         if not self.train_dataloader_shuffle and self.group_by_length:
-            raise ConfigError("--group_by_length reorders rows, --train_dataloader_shuffle false keeps their order", hint="remove one of them")
+            raise ConfigError(
+                "--group_by_length reorders rows, --train_dataloader_shuffle false keeps their order", hint="remove one of them"
+            )
         if not self.average_tokens_across_devices:
             raise ConfigError(
                 "--average_tokens_across_devices false is not available: the loss is always that of the whole step", hint="remove it"
@@ -89,7 +96,9 @@ class RunConfig(Config):
     logging_first_step: bool = opt(True, "log the first step too")
     logging_dir: str | None = opt(None, "where TensorBoard files go; by default RUN/runs")
     report_to: list[str] = opt(["tensorboard"], "trackers: tensorboard, none", choices=("tensorboard", "none"))
-    eval_strategy: str | None = opt(None, "when to evaluate; by default as save_strategy, and no without validation data", choices=("no", "steps", "epoch"))
+    eval_strategy: str | None = opt(
+        None, "when to evaluate; by default as save_strategy, and no without validation data", choices=("no", "steps", "epoch")
+    )
     eval_steps: int | None = opt(None, "steps between evaluations; by default save_steps", minimum=1)
     eval_on_start: bool = opt(False, "evaluate before the first step too")
     save_strategy: str = opt("steps", "when to save; the end of the run always saves, except with no", choices=("no", "steps", "epoch"))
@@ -98,12 +107,16 @@ class RunConfig(Config):
     save_only_model: bool = opt(False, "save no optimizer state; such a checkpoint cannot be resumed")
     safe_serialization: bool = opt(True, "write safetensors; false is refused")
     max_shard_size: str = opt("5GB", "largest file of a saved full model")
-    metric_for_best_model: str = opt("loss", "evaluation metric by which the best checkpoint is chosen", choices=("loss", "eval_loss", "token_acc", "eval_token_acc"))
+    metric_for_best_model: str = opt(
+        "loss", "evaluation metric by which the best checkpoint is chosen", choices=("loss", "eval_loss", "token_acc", "eval_token_acc")
+    )
     greater_is_better: bool | None = opt(None, "direction of that metric; by default true for token_acc")
     load_best_model_at_end: bool = opt(False, "end with the best checkpoint's weights, not the last's")
     early_stop_interval: int | None = opt(None, "end after this many evaluations without a better metric", minimum=1)
     create_checkpoint_symlink: bool = opt(False, "keep links named last and best in the run directory")
-    resume_from_checkpoint: str | None = opt(None, "go on from a run directory or checkpoint, bit for bit; options are taken from it", saved=False)
+    resume_from_checkpoint: str | None = opt(
+        None, "go on from a run directory or checkpoint, bit for bit; options are taken from it", saved=False
+    )
     resume_only_model: bool = opt(False, "take only the weights from that checkpoint, and start at step 0", saved=False)
     ignore_data_skip: bool = opt(False, "when resuming, start at the first row of the data again", saved=False)
     report_samples: int = opt(2, "rows that report.md answers before and after training", minimum=0)

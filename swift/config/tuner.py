@@ -32,7 +32,9 @@ class TunerConfig(Config):
     modules_to_save: list[str] = opt([], "modules that are trained and saved whole beside the adapter")
     freeze_parameters: list[str] = opt([], "full: prefixes of parameters that stay frozen")
     freeze_parameters_regex: str | None = opt(None, "full: regular expression of parameters that stay frozen")
-    freeze_parameters_ratio: float = opt(0.0, "full: share of the parameters, from the embedding up, that stays frozen", minimum=0, maximum=1)
+    freeze_parameters_ratio: float = opt(
+        0.0, "full: share of the parameters, from the embedding up, that stays frozen", minimum=0, maximum=1
+    )
     trainable_parameters: list[str] = opt([], "full: prefixes of parameters that are trained even if frozen by another option")
     trainable_parameters_regex: str | None = opt(None, "full: regular expression of parameters that are trained even so")
 
@@ -41,9 +43,7 @@ class TunerConfig(Config):
         if self.tuner_type == "full":
             self.refuse_without_effect(LORA_OPTIONS, "with --tuner_type full")
             if getattr(self, "quant_method", None):
-                raise ConfigError(
-                    "--tuner_type full cannot train quantized weights", hint="use --tuner_type lora, or drop --quant_method"
-                )
+                raise ConfigError("--tuner_type full cannot train quantized weights", hint="use --tuner_type lora, or drop --quant_method")
         else:
             self.refuse_without_effect(FULL_OPTIONS, "with --tuner_type lora")
         if self.target_regex is not None:

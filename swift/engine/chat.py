@@ -47,7 +47,9 @@ def converse(config: Any, loaded: Loaded, *, system: str | None) -> None:
             continue
         messages.append(Message(role="user", content=question))
         try:
-            prompt = render_prompt(messages, loaded.tokenizer, enable_thinking=config.enable_thinking, use_chat_template=_has_template(config, loaded))
+            prompt = render_prompt(
+                messages, loaded.tokenizer, enable_thinking=config.enable_thinking, use_chat_template=_has_template(config, loaded)
+            )
             answer = _speak(config, loaded, prompt)
         except DataError as problem:
             messages.pop()

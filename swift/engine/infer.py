@@ -27,7 +27,8 @@ def run_infer(config: InferConfig) -> list[dict[str, Any]] | None:
     if not (config.dataset or config.val_dataset):
         from swift.engine.chat import converse
 
-        return converse(config, load_for_inference(config, merge=config.merge_lora), system=read_system(config.system))
+        converse(config, load_for_inference(config, merge=config.merge_lora), system=read_system(config.system))
+        return None
     records = _records(config)
     place = _result_path(config)
     loaded = load_for_inference(config, merge=config.merge_lora)
@@ -46,7 +47,9 @@ def run_infer(config: InferConfig) -> list[dict[str, Any]] | None:
                 tokens += len(answer.token_ids)
                 bar.update(task, advance=1)
     seconds = time.monotonic() - begin
-    console.say(f"{len(results)} answers, {tokens} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s); written to {place}")
+    console.say(
+        f"{len(results)} answers, {tokens} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s); written to {place}"
+    )
     return results
 
 
@@ -104,7 +107,10 @@ def _batches(records: list[Record], size: int) -> Iterator[list[Record]]:
 def _answer(config: InferConfig, loaded: Loaded, rows: list[Record]) -> list[Completion]:
     prompts = [
         render_prompt(
-            row.messages, loaded.tokenizer, tools=row.tools, enable_thinking=config.enable_thinking,
+            row.messages,
+            loaded.tokenizer,
+            tools=row.tools,
+            enable_thinking=config.enable_thinking,
             use_chat_template=config.use_chat_template is not False,
         )
         for row in rows

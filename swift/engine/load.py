@@ -7,8 +7,8 @@ from typing import Any
 from swift import hub
 from swift.config.generate import GenerateConfig
 from swift.config.model import ModelConfig, QuantConfig
-from swift.errors import ConfigError
 from swift.engine.text import Sampling
+from swift.errors import ConfigError
 from swift.model.checkpoints import adapter_folder, model_reference
 from swift.model.device import DTYPES
 from swift.model.load import Loaded, Quantization, load_model

@@ -122,10 +122,11 @@ def _from_pretrained(path: Path, arguments: dict[str, Any]) -> Any:
 
     hf_logging.disable_progress_bar()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
         hint = "it is damaged or not supported by the installed transformers; load it there to see more (or use --debug)"
         raise ModelError(f"{path}: the model cannot be loaded: {_first_line(problem)}", hint=hint) from problem
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(

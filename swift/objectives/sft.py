@@ -53,8 +53,10 @@ def _logits_at(policy: Any, batch: Batch, positions_K: Tensor) -> Tensor:
     if "position_ids" in batch:
         inputs["position_ids"] = batch["position_ids"]
     if takes_logits_to_keep(policy):
-        return policy(**inputs, logits_to_keep=positions_K).logits
-    return policy(**inputs).logits[:, positions_K]
+        kept: Tensor = policy(**inputs, logits_to_keep=positions_K).logits
+        return kept
+    every: Tensor = policy(**inputs).logits
+    return every[:, positions_K]
 
 
 def takes_logits_to_keep(policy: Any) -> bool:

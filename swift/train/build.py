@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from swift import console
-from swift.config.commands import SftConfig
+from swift.config.commands import ModelOptions, SftConfig
 from swift.engine.load import quantization
 from swift.model.load import Loaded, load_model
 from swift.model.template import read_template
 
 
-def load_for_training(config: SftConfig, path: Path) -> Loaded:
+def load_for_training(config: SftConfig | ModelOptions, path: Path) -> Loaded:
     """The model with gradient checkpointing, quantization and noise as ``config`` says.
 
     Weights that are trained themselves are float32 when the step computes in float16: their updates are too small for it.

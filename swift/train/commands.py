@@ -36,8 +36,12 @@ def _row(run: Path) -> tuple[Any, ...]:
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
     args = json.loads((run / ARGS_FILE).read_text(encoding="utf-8"))
     return (
-        run, args.get("model"), lines[-1]["step"] if lines else 0,
-        f"{losses[-1]:.4f}" if losses else "", f"{evaluations[-1]:.4f}" if evaluations else "", len(checkpoints_in(run)),
+        run,
+        args.get("model"),
+        lines[-1]["step"] if lines else 0,
+        f"{losses[-1]:.4f}" if losses else "",
+        f"{evaluations[-1]:.4f}" if evaluations else "",
+        len(checkpoints_in(run)),
     )
 
 

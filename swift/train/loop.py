@@ -57,9 +57,7 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(
-    model: Any, batches: Iterator[Batch], *, objective: Objective, strategy: Strategy, device: torch.device
-) -> dict[str, float]:
+def evaluate(model: Any, batches: Iterator[Batch], *, objective: Objective, strategy: Strategy, device: torch.device) -> dict[str, float]:
     """eval_loss and the objective's metrics over all ``batches``: sums divided once."""
     was_training = model.training
     model.eval()

@@ -95,8 +95,15 @@ def fill_open_options(config: SftConfig, snapshot: Snapshot, data: Data | None =
     if data is None:
         return
     if data.validation is None:
-        if config.eval_strategy in ("steps", "epoch") or config.eval_on_start or config.early_stop_interval or config.load_best_model_at_end:
-            raise ConfigError("evaluation is asked for, but there is no validation data", hint="give --val_dataset or --split_dataset_ratio 0.01")
+        if (
+            config.eval_strategy in ("steps", "epoch")
+            or config.eval_on_start
+            or config.early_stop_interval
+            or config.load_best_model_at_end
+        ):
+            raise ConfigError(
+                "evaluation is asked for, but there is no validation data", hint="give --val_dataset or --split_dataset_ratio 0.01"
+            )
         config.derive("eval_strategy", "no", "no validation data")
     elif config.eval_strategy is None:
         strategy = "no" if config.do_eval is False else "steps" if config.save_strategy == "no" else config.save_strategy
@@ -117,7 +124,7 @@ def plan_steps(config: SftConfig, data: Data) -> Steps:
     accumulation, batch = config.gradient_accumulation_steps, config.per_device_train_batch_size
     assert accumulation is not None
     rows = batch * accumulation
-    lengths = data.train.lengths
+    lengths = data.train.lengths.tolist()
     return Steps(
         lengths=lengths,
         rows_per_step=rows,
@@ -155,7 +162,8 @@ def advise(config: SftConfig, data: Data) -> None:
         if config.lora_rank < 8:
             console.warn(f"--lora_rank {config.lora_rank}: a rank below 8 seldom learns more than style; try 8 to 64")
         if not config.lora_rank <= config.lora_alpha <= 4 * config.lora_rank and not config.use_rslora:
-            console.warn(f"--lora_alpha {config.lora_alpha:g} with rank {config.lora_rank}: twice the rank ({2 * config.lora_rank}) is the usual choice")
+            usual = f"twice the rank ({2 * config.lora_rank}) is the usual choice"
+            console.warn(f"--lora_alpha {config.lora_alpha:g} with rank {config.lora_rank}: {usual}")
         if config.lora_dropout == 0 and len(data.train) < 1000:
             console.warn(f"--lora_dropout 0 on {len(data.train)} rows: small data is soon learned by heart; 0.05 to 0.1 helps")
     if data.rejected:

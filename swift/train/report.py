@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
 
 def sample_prompts(tokenizer: Any, data: Data, config: SftConfig) -> list[tuple[list[int], str, str]]:
     """(prompt tokens, prompt text, expected answer) of the first validation rows that end in an answer."""
-    found = []
+    found: list[tuple[list[int], str, str]] = []
     for record in data.validation_records:
         if len(found) == config.report_samples:
             break
@@ -49,7 +49,15 @@ def answers(model: Any, tokenizer: Any, data: Data, config: SftConfig) -> list[s
 
 
 def write(
-    run: Path, config: SftConfig, model: Any, tokenizer: Any, data: Data, state: TrainState, device: torch.device, *, before: list[str] | None
+    run: Path,
+    config: SftConfig,
+    model: Any,
+    tokenizer: Any,
+    data: Data,
+    state: TrainState,
+    device: torch.device,
+    *,
+    before: list[str] | None,
 ) -> None:
     """Write report.md, loss.png and plan.json into the run directory."""
     plot_losses(run / "loss.png", state)
@@ -71,6 +79,7 @@ def write(
 
 def _report(config: SftConfig, data: Data, state: TrainState, measured: dict[str, Any], samples: list[str]) -> str:
     stats = data.train.stats()
+    seconds = max(state.train_seconds, 1e-9)
     evaluations = [line for line in state.log_history if "eval_loss" in line]
     rows = [
         ("model", config.model),
@@ -79,7 +88,7 @@ def _report(config: SftConfig, data: Data, state: TrainState, measured: dict[str
         ("rejected rows", f"{len(data.rejected):,}"),
         ("steps", f"{state.global_step} of {state.max_steps}"),
         ("time in steps", duration(state.train_seconds)),
-        ("speed", f"{state.tokens / max(state.train_seconds, 1e-9):,.0f} tokens/s, {state.supervised_tokens / max(state.train_seconds, 1e-9):,.0f} trained tokens/s"),
+        ("speed", f"{state.tokens / seconds:,.0f} tokens/s, {state.supervised_tokens / seconds:,.0f} trained tokens/s"),
         ("peak memory", f"{measured['peak_memory_gib']:.2f} GiB measured"),
         ("validation loss", " -> ".join(f"{line['eval_loss']:.4f}" for line in _first_and_last(evaluations)) or "not measured"),
         ("best step", f"{state.best_step} ({state.best_metric:.4f})" if state.best_metric is not None else "-"),

@@ -50,7 +50,9 @@ def train(config: SftConfig) -> TrainResult | None:
     """Run what ``config`` says; None after a dry run. Raises InputError before anything is written, if it can."""
     refuse_several_processes()
     resume_run, resume_from = _what_to_resume(config)
-    snapshot = hub.resolve(model_reference(config.model or ""), config.model_revision, use_hf=config.use_hf, token=config.hub_token, offline=config.offline)
+    snapshot = hub.resolve(
+        model_reference(config.model or ""), config.model_revision, use_hf=config.use_hf, token=config.hub_token, offline=config.offline
+    )
     fill_open_options(config, snapshot)
     data = prepare_data(config, snapshot)
     fill_open_options(config, snapshot, data)
@@ -132,7 +134,12 @@ class Session:
         seed_step(config.seed, state.global_step)
         try:
             result = train_step(
-                self.model, batches, objective=self.objective, strategy=self.strategy, max_grad_norm=config.max_grad_norm, device=self.device
+                self.model,
+                batches,
+                objective=self.objective,
+                strategy=self.strategy,
+                max_grad_norm=config.max_grad_norm,
+                device=self.device,
             )
         except TrainingError as problem:
             raise self._with_batch_dumped(problem, batches) from problem
@@ -148,7 +155,6 @@ class Session:
 
     def _after_step(self, result: StepResult, rate: float, seconds: float) -> None:
         config, state, at = self.config, self.state, self.state.global_step
-        ends_epoch = self.steps.ends_epoch(at)
         is_last = at == self.steps.total
         if at % config.logging_steps == 0 or is_last or (at == 1 and config.logging_first_step):
             values = close_window(state) | {"grad_norm": result.grad_norm, "learning_rate": rate}
@@ -156,11 +162,9 @@ class Session:
             if (memory := peak_memory_gib(self.device)) is not None:
                 values["memory(GiB)"] = memory
             state.log_history.append(self.trackers.log(at, state.epoch, values))
-        if config.eval_strategy == "steps" and (at % (config.eval_steps or 1) == 0 or is_last):
+        if self.steps.is_due(config.eval_strategy, config.eval_steps, at) or (is_last and config.eval_strategy == "steps"):
             self._evaluate()
-        elif config.eval_strategy == "epoch" and ends_epoch:
-            self._evaluate()
-        if (config.save_strategy == "steps" and at % config.save_steps == 0) or (config.save_strategy == "epoch" and ends_epoch):
+        if self.steps.is_due(config.save_strategy, config.save_steps, at):
             self._save()
 
     def _evaluate(self) -> None:
@@ -213,11 +217,11 @@ class Session:
             self.tuner.load(self.model, path)
             console.say(f"weights taken from {path}, starting at step 0")
             return
-        self.state = checkpoints.load_checkpoint(
-            path, model=self.model, tuner=self.tuner, strategy=self.strategy, schedule=self.schedule
-        )
+        self.state = checkpoints.load_checkpoint(path, model=self.model, tuner=self.tuner, strategy=self.strategy, schedule=self.schedule)
         if self.state.max_steps != self.steps.total:
-            console.warn(f"the run is now {self.steps.total} steps long, not {self.state.max_steps}: the learning rate follows the new length")
+            console.warn(
+                f"the run is now {self.steps.total} steps long, not {self.state.max_steps}: the learning rate follows the new length"
+            )
             self.state.max_steps = self.steps.total
         console.say(f"resuming {path} at step {self.state.global_step} of {self.steps.total}")
 
@@ -255,7 +259,10 @@ class Session:
     def _leave_early(self) -> None:
         how = f"swift {'pt' if self.config.use_chat_template is False else 'sft'} --resume_from_checkpoint {self.run.path}"
         if self.config.save_strategy == "no" or self.config.save_only_model:
-            raise Interrupted(f"stopped after step {self.state.global_step}; nothing was saved to go on from", hint="save_strategy or save_only_model forbids it")
+            raise Interrupted(
+                f"stopped after step {self.state.global_step}; nothing was saved to go on from",
+                hint="save_strategy or save_only_model forbids it",
+            )
         path = self._save()
         raise Interrupted(f"stopped after step {self.state.global_step}; saved {path}", hint=f"{how} goes on")
 
@@ -273,7 +280,8 @@ class Session:
         ]
         write_json(path, {"step": at, "problem": problem.message, "rows": rows})
         return TrainingError(
-            f"step {at}: {problem.message}; its rows are in {path}", hint="lower --learning_rate, look at the rows, or train in bf16 or float32"
+            f"step {at}: {problem.message}; its rows are in {path}",
+            hint="lower --learning_rate, look at the rows, or train in bf16 or float32",
         )
 
 
@@ -314,12 +322,16 @@ def _describe(run: RunDirectory, config: SftConfig, snapshot: hub.Snapshot, data
 def _say_farewell(config: SftConfig, result: TrainResult) -> None:
     state = result.state
     speed = state.tokens / max(state.train_seconds, 1e-9)
-    console.say(f"done: {state.global_step} steps in {duration(state.train_seconds)}, {speed:,.0f} tokens/s; report {result.run / 'report.md'}")
+    console.say(
+        f"done: {state.global_step} steps in {duration(state.train_seconds)}, {speed:,.0f} tokens/s; report {result.run / 'report.md'}"
+    )
     if result.checkpoint is not None:
-        console.say(f"next: swift chat --adapters {result.checkpoint}" if config.tuner_type == "lora" else f"next: swift chat --model {result.checkpoint}")
+        console.say(
+            f"next: swift chat --adapters {result.checkpoint}"
+            if config.tuner_type == "lora"
+            else f"next: swift chat --model {result.checkpoint}"
+        )
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-

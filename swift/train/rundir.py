@@ -29,7 +29,9 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
-            raise MachineError(f"{self.path} is in use by a run that is going on", hint="wait for it, or choose another --output_dir") from None
+            raise MachineError(
+                f"{self.path} is in use by a run that is going on", hint="wait for it, or choose another --output_dir"
+            ) from None
         for remains in self.path.glob(".*.tmp"):
             shutil.rmtree(remains) if remains.is_dir() else remains.unlink()
         return self

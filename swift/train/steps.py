@@ -34,6 +34,12 @@ class Steps:
         """Whether the ``step``-th step (counted from 1) is the last of an epoch, or of the run."""
         return step % self.per_epoch == 0 or step == self.total
 
+    def is_due(self, strategy: str | None, every: int | None, step: int) -> bool:
+        """Whether what happens by ``strategy`` (no, steps, epoch), ``every`` so many steps, is due after ``step``."""
+        if strategy == "steps":
+            return step % (every or 1) == 0
+        return strategy == "epoch" and self.ends_epoch(step)
+
     def iterate(self, start: int) -> Iterator[list[list[int]]]:
         """For each step after the first ``start``: its micro-batches of row numbers.
 

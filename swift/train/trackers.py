@@ -13,7 +13,9 @@ from swift.files import write_text
 class Trackers:
     """Writes each logged line everywhere. ``start`` is the step a resumed run starts at: later lines are cut off."""
 
-    def __init__(self, run: Path, *, report_to: list[str], is_explicit: bool, logging_dir: str | None, start: int, total: int, plain: bool) -> None:
+    def __init__(
+        self, run: Path, *, report_to: list[str], is_explicit: bool, logging_dir: str | None, start: int, total: int, plain: bool
+    ) -> None:
         self.run = run
         self.total = total
         self.begin = time.monotonic()

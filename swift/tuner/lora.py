@@ -28,7 +28,7 @@ class LoraTuner:
         settings = LoraConfig(
             task_type="CAUSAL_LM",
             r=config.lora_rank,
-            lora_alpha=config.lora_alpha if config.lora_alpha % 1 else int(config.lora_alpha),
+            lora_alpha=config.lora_alpha if config.lora_alpha % 1 else int(config.lora_alpha),  # type: ignore[arg-type]
             lora_dropout=config.lora_dropout,
             bias=config.lora_bias,  # type: ignore[arg-type]
             target_modules=targets,
@@ -69,7 +69,7 @@ def load_adapter_weights(model: Any, path: Path) -> None:
     except (OSError, SafetensorError) as problem:
         raise CheckpointError(f"{path / ADAPTER_FILE} cannot be read: {problem}") from None
     try:
-        outcome = set_peft_model_state_dict(model, state)
+        outcome: Any = set_peft_model_state_dict(model, state)
     except RuntimeError as problem:
         raise CheckpointError(f"{path}: the adapter does not fit this model: {str(problem).splitlines()[-1].strip()}") from None
     if outcome.unexpected_keys:

@@ -68,9 +68,7 @@ def test_accepted_values_are_spelled_in_lower_case():
     assert spelled == {value.lower() for value in spelled}
 
 
-@pytest.mark.parametrize(
-    "command", ["rlhf", "eval", "export", "deploy", "app", "web-ui", "web_ui", "sample", "rollout", "megatron"]
-)
+@pytest.mark.parametrize("command", ["rlhf", "eval", "export", "deploy", "app", "web-ui", "web_ui", "sample", "rollout", "megatron"])
 def test_an_ms_swift_command_that_is_not_built_says_so(command):
     assert "built" in (compat.refused_command(command) or "")
 
@@ -208,9 +206,7 @@ def test_local_rank_zero_without_a_launcher_is_a_single_process(monkeypatch):
     assert "LOCAL_RANK is not set" in compat.modern("local_rank", "0")[2]
 
 
-@pytest.mark.parametrize(
-    ("given", "environment", "told"), [("1", None, "LOCAL_RANK is not set"), ("1", "0", "LOCAL_RANK is 0")]
-)
+@pytest.mark.parametrize(("given", "environment", "told"), [("1", None, "LOCAL_RANK is not set"), ("1", "0", "LOCAL_RANK is 0")])
 def test_a_rank_that_contradicts_the_environment_is_an_error(monkeypatch, given, environment, told):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if environment is not None:

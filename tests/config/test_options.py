@@ -13,8 +13,22 @@ def parse(*words, cls=SftConfig):
 
 
 def test_values_are_converted_to_the_type_of_their_field():
-    config = parse("--lora_rank", "16", "--learning_rate", "1e-3", "--packing", "false", "--target_modules", "q_proj", "v_proj",
-                   "--columns", '{"a": "query"}', "--eval_on_start", "--use-hf", "true")
+    config = parse(
+        "--lora_rank",
+        "16",
+        "--learning_rate",
+        "1e-3",
+        "--packing",
+        "false",
+        "--target_modules",
+        "q_proj",
+        "v_proj",
+        "--columns",
+        '{"a": "query"}',
+        "--eval_on_start",
+        "--use-hf",
+        "true",
+    )
     assert (config.lora_rank, config.learning_rate, config.eval_on_start, config.use_hf) == (16, 1e-3, True, True)
     assert config.target_modules == ["q_proj", "v_proj"]
     assert config.columns == {"a": "query"}
@@ -35,7 +49,9 @@ def test_a_flag_beats_the_recipe_and_the_recipe_beats_the_default(tmp_path):
 
 
 def test_a_checkpoint_beats_the_default_only():
-    config = flags.parse(SftConfig, "sft", "", [*BASE, "--lora_rank", "4"], checkpoint=lambda said: ("checkpoint c", {"lora_rank": 64, "seed": 7}))
+    config = flags.parse(
+        SftConfig, "sft", "", [*BASE, "--lora_rank", "4"], checkpoint=lambda said: ("checkpoint c", {"lora_rank": 64, "seed": 7})
+    )
     assert (config.lora_rank, config.seed) == (4, 7)
 
 

@@ -122,7 +122,9 @@ def test_an_adapter_for_another_model(swift, tiny_model, tmp_path, run):
     result = run("other")
     other = make_model(tmp_path / "wide", hidden_size=64)
     data = write(tmp_path / "a.jsonl", GOOD)
-    assert_one_line(swift("infer", "--model", other, "--adapters", result.checkpoint, "--val_dataset", data, "--load_args", "false"), "adapter")
+    assert_one_line(
+        swift("infer", "--model", other, "--adapters", result.checkpoint, "--val_dataset", data, "--load_args", "false"), "adapter"
+    )
 
 
 def test_a_full_disk_leaves_no_half_checkpoint(tiny_model, tmp_path):
@@ -134,10 +136,30 @@ def test_a_full_disk_leaves_no_half_checkpoint(tiny_model, tmp_path):
         pytest.skip("only root can mount a small file system")
     try:
         data = write(tmp_path / "a.jsonl", *[GOOD] * 4)
-        words = ["sft", "--model", tiny_model, "--dataset", data, "--output_dir", small / "out", "--add_version", "false", "--report_to", "none",
-                 "--max_steps", "3", "--save_steps", "1", "--tuner_type", "full"]
+        words = [
+            "sft",
+            "--model",
+            tiny_model,
+            "--dataset",
+            data,
+            "--output_dir",
+            small / "out",
+            "--add_version",
+            "false",
+            "--report_to",
+            "none",
+            "--max_steps",
+            "3",
+            "--save_steps",
+            "1",
+            "--tuner_type",
+            "full",
+        ]
         done = subprocess.run(
-            [sys.executable, "-m", "swift.cli", *map(str, words)], capture_output=True, text=True, check=False,
+            [sys.executable, "-m", "swift.cli", *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=False,
             env=os.environ | {"SWIFT_CACHE": str(tmp_path / "cache")},
         )
         assert done.returncode == 2, done.stderr

@@ -23,10 +23,41 @@ STEPS = 60
 
 def command(model: Path, rows: Path, run: Path, *more: str, steps: int = STEPS) -> list[str]:
     return [
-        sys.executable, "-m", "swift.cli", "sft", "--model", str(model), "--dataset", str(rows), "--output_dir", str(run), "--add_version", "false",
-        "--max_steps", str(steps), "--save_steps", "3", "--save_total_limit", "3", "--per_device_train_batch_size", "2",
-        "--gradient_accumulation_steps", "2", "--learning_rate", "1e-2", "--logging_steps", "4", "--report_to", "none", "--report_samples", "0",
-        "--split_dataset_ratio", "0.2", "--eval_steps", "10", *more,
+        sys.executable,
+        "-m",
+        "swift.cli",
+        "sft",
+        "--model",
+        str(model),
+        "--dataset",
+        str(rows),
+        "--output_dir",
+        str(run),
+        "--add_version",
+        "false",
+        "--max_steps",
+        str(steps),
+        "--save_steps",
+        "3",
+        "--save_total_limit",
+        "3",
+        "--per_device_train_batch_size",
+        "2",
+        "--gradient_accumulation_steps",
+        "2",
+        "--learning_rate",
+        "1e-2",
+        "--logging_steps",
+        "4",
+        "--report_to",
+        "none",
+        "--report_samples",
+        "0",
+        "--split_dataset_ratio",
+        "0.2",
+        "--eval_steps",
+        "10",
+        *more,
     ]
 
 
@@ -53,7 +84,9 @@ def test_twenty_kills_leave_no_trace(tiny_model, rows, tmp_path):
         resume = ["--resume_from_checkpoint", str(run)] if (run / "args.json").exists() else []
         if not resume:
             shutil.rmtree(run, ignore_errors=True)
-        process = subprocess.Popen(command(tiny_model, rows, run, *resume), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command(tiny_model, rows, run, *resume), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         if kills < KILLS:
             # From before the first import to after the last step: most kills fall into the steps themselves.
             try:

@@ -21,8 +21,23 @@ def trained(run):
 
 def test_infer_needs_nothing_but_the_run(trained, rows, tmp_path):
     place = tmp_path / "answers.jsonl"
-    cli.run(["infer", "--adapters", str(trained.run), "--val_dataset", f"{rows}#3", "--result_path", str(place), "--temperature", "0",
-             "--max_new_tokens", "5", "--max_batch_size", "2"])
+    cli.run(
+        [
+            "infer",
+            "--adapters",
+            str(trained.run),
+            "--val_dataset",
+            f"{rows}#3",
+            "--result_path",
+            str(place),
+            "--temperature",
+            "0",
+            "--max_new_tokens",
+            "5",
+            "--max_batch_size",
+            "2",
+        ]
+    )
     lines = [json.loads(line) for line in place.read_text().splitlines()]
     assert len(lines) == 3
     assert {"response", "labels", "logprobs", "messages"} <= lines[0].keys()
@@ -32,7 +47,9 @@ def test_infer_needs_nothing_but_the_run(trained, rows, tmp_path):
 
 def test_infer_answers_the_rows_that_the_run_held_out(trained, tmp_path):
     place = tmp_path / "answers.jsonl"
-    cli.run(["infer", "--adapters", str(trained.checkpoint), "--load_data_args", "true", "--result_path", str(place), "--max_new_tokens", "2"])
+    cli.run(
+        ["infer", "--adapters", str(trained.checkpoint), "--load_data_args", "true", "--result_path", str(place), "--max_new_tokens", "2"]
+    )
     assert len(place.read_text().splitlines()) == 8  # a fifth of 40 rows
 
 

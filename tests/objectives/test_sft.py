@@ -25,7 +25,7 @@ def batch(ids, labels, **more):
 
 def test_uniform_logits_cost_log_of_the_vocabulary_a_token():
     made = batch([[1, 2, 3, 0]], [[IGNORE, 2, 3, IGNORE]])
-    loss, metrics = Sft().loss_sum(Fixed(torch.zeros(1, 4, 5)), None, made)
+    loss, _ = Sft().loss_sum(Fixed(torch.zeros(1, 4, 5)), None, made)
     assert float(loss) == pytest.approx(2 * math.log(5))
     assert Sft().count(made) == 2
 
