@@ -17,6 +17,8 @@ def make_parser(cls: type[Config], command: str, summary: str) -> argparse.Argum
     """The parser of ``command``; values stay strings, ``build`` converts them."""
     parser = argparse.ArgumentParser(
         prog=f"swift {command}",
+        usage=_usage(cls, command),
+        epilog="Every other option of ms-swift and of transformers.TrainingArguments is known, and refused with its reason.",
         description=summary,
         allow_abbrev=False,
         formatter_class=_formatter(),
@@ -32,6 +34,11 @@ def make_parser(cls: type[Config], command: str, summary: str) -> argparse.Argum
     return parser
 
 
+def _usage(cls: type[Config], command: str) -> str:
+    named = [field.name.upper() for field in options_of(cls) if field.metadata["positional"]]
+    return " ".join(["swift", command, *(named or ["[RECIPE.yaml]"]), "[OPTIONS]"])
+
+
 def _add(group: Any, field: Any) -> None:
     kind, default = field.type, default_of(field)
     shown = "" if default in (None, [], {}, "") else f" (default: {str(default).lower() if is_bool(kind) else default})"
@@ -43,7 +50,7 @@ def _add(group: Any, field: Any) -> None:
         group.add_argument(field.name, nargs=nargs, help=help_text, metavar=field.name.upper())
         return
     if is_list(kind):
-        group.add_argument(f"--{field.name}", nargs="*", help=help_text, metavar=metavar)
+        group.add_argument(f"--{field.name}", nargs="*", help=help_text, metavar="VALUE")
     elif is_bool(kind):
         group.add_argument(f"--{field.name}", nargs="?", const="true", help=help_text, metavar="true|false")
     else:
