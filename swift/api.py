@@ -71,9 +71,10 @@ def get_model(model: str, **options: Any) -> Any:
     """
     from swift import hub
     from swift.config.tuner import LORA_OPTIONS
-    from swift.model.checkpoints import model_reference
+    from swift.model.checkpoints import adapter_folder, model_reference
     from swift.train.build import load_for_training
     from swift.tuner import TUNERS
+    from swift.tuner.lora import load_adapter_weights, with_adapter
 
     config = build(ModelOptions, ("argument", {"model": model, **options}))
     snapshot = hub.resolve(
@@ -84,4 +85,8 @@ def get_model(model: str, **options: Any) -> Any:
         config.derive("lora_alpha", 2.0 * config.lora_rank, "twice the rank")
     loaded = load_for_training(config, snapshot.path)
     tuned = TUNERS.get("lora")().apply(loaded.model, config) if has_adapter else loaded.model
+    if config.adapters and has_adapter:
+        load_adapter_weights(tuned, adapter_folder(config.adapters[0]))
+    elif config.adapters:
+        tuned = with_adapter(tuned, adapter_folder(config.adapters[0]))
     return tuned, loaded.tokenizer

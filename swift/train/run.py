@@ -17,7 +17,7 @@ from swift.data.collate import collate
 from swift.data.load import write_rejected
 from swift.errors import ConfigError, Interrupted, TrainingError
 from swift.files import write_json, write_text
-from swift.model.checkpoints import find_checkpoint, model_reference
+from swift.model.checkpoints import adapter_folder, find_checkpoint, model_reference
 from swift.model.load import Loaded, pad_token_id
 from swift.objectives import OBJECTIVES
 from swift.objectives.base import Batch
@@ -35,6 +35,7 @@ from swift.train.steps import Steps
 from swift.train.trackers import Trackers, duration
 from swift.tuner import TUNERS
 from swift.tuner.base import parameter_counts
+from swift.tuner.lora import load_adapter_weights
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Session:
             self.before = report.answers(loaded.model, self.tokenizer, data, config)
         torch.manual_seed(config.seed)
         model = self.tuner.apply(loaded.model, config)
+        if config.adapters:
+            load_adapter_weights(model, adapter_folder(config.adapters[0]))
         self.strategy = STRATEGIES.get("single")(self.device, autocast_dtype=autocast_dtype(config, loaded.dtype))
         optimizer = functools.partial(make_optimizer, config=config, lorap_lr_ratio=config.lorap_lr_ratio)
         self.model, self.optimizer = self.strategy.prepare(model, optimizer)

@@ -115,3 +115,21 @@ def test_every_option_has_a_help_text_that_argparse_can_print(capsys):
     for cls in (SftConfig, InferConfig, MergeConfig):
         flags.make_parser(cls, "x", "").print_help()
     assert "--lora_rank" in capsys.readouterr().out
+
+
+def test_every_option_is_read_outside_of_its_declaration():
+    import re
+    from pathlib import Path
+
+    import swift.config.commands as commands
+
+    root = Path(commands.__file__).parent.parent
+    code = "\n".join(path.read_text() for path in root.rglob("*.py") if path.parent.name != "config")
+    checks = "\n".join(path.read_text() for path in root.glob("config/*.py"))
+    for name in commands.all_options() - {"task_type", "tuner_backend", "acc_strategy", "infer_backend"}:  # one choice each
+        assert re.search(rf"\.{name}\b", code) or re.search(rf"self\.{name}\b|said.get\(\"{name}\"", checks), name
+
+
+def test_an_option_that_nobody_reads_here_is_refused():
+    with pytest.raises(ConfigError, match="--max_length has no effect"):
+        flags.parse(InferConfig, "infer", "", ["--model", "m", "--max_length", "64"])

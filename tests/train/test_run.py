@@ -291,3 +291,9 @@ def test_the_embeddings_get_noise_of_the_size_that_neftune_says(tiny_model):
     noise = (model.get_input_embeddings()(ids) - clean).detach()
     bound = 5.0 / (16 * 32) ** 0.5  # alpha / sqrt(T * D)
     assert 0.9 * bound < float(noise.abs().max()) <= bound
+
+
+def test_training_goes_on_from_an_adapter(run):
+    first = run("first")
+    second = run("second", adapters=str(first.run), learning_rate=0.0, lora_dropout=0)
+    assert_same_bits(adapter(second), adapter(first))
