@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 BENCH = Path(__file__).resolve().parent
 PEERS = Path(os.environ.get("SWIFT_PEERS", BENCH / "peers"))
-PACKAGES = ("ms-swift", "swift", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+PACKAGES = ("ms-swift", "swift-llm", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 # The same training for every peer: LoRA on all linear layers, float32, rows in file order, padded or packed as the
 # tool does by default, one logged loss a step, nothing saved but the log.

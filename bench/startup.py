@@ -28,8 +28,9 @@ TRAIN_CASE = "swift sft, to the first optimizer step"
 def make_tiny_model(path: Path) -> Path:
     """The random Llama of the tests, with its tokenizer, in ``path``."""
     sys.path.insert(0, str(BENCH.parent))
-    from tests.tiny import make_model
     from transformers.utils.logging import disable_progress_bar
+
+    from tests.tiny import make_model
 
     disable_progress_bar()
     return make_model(path)

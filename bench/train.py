@@ -131,9 +131,7 @@ def rounded(value: Any) -> Any:
 
 
 def print_table(results: Sequence[dict[str, Any]]) -> None:
-    print(
-        "| peer | run | real tokens/s | supervised tokens/s | real tokens/CPU s | peak RSS MB | first step s | losses |"
-    )
+    print("| peer | run | real tokens/s | supervised tokens/s | real tokens/CPU s | peak RSS MB | first step s | losses |")
     print("|---|---|---|---|---|---|---|---|")
     for result in results:
         losses = " ".join(f"{loss:.4f}" for loss in result["losses"])
@@ -180,9 +178,7 @@ def main() -> None:
         sys.exit(f"{args.data}: {len(rows)} rows, but {args.steps} steps need {needed}; lower --steps")
     tokens = apart(count_all, rows[:needed], model)
     if not args.json:
-        print(
-            f"{machine()}; {args.steps} steps = {needed} rows, {tokens[0]} tokens, {tokens[1]} supervised", flush=True
-        )
+        print(f"{machine()}; {args.steps} steps = {needed} rows, {tokens[0]} tokens, {tokens[1]} supervised", flush=True)
     results = []
     for number in range(1, args.runs + 1):
         for name in args.peer:

@@ -1,66 +1,124 @@
-"""Models and data sets that lie on disk: used where they are, never copied."""
+"""A folder on this machine: used where it lies, never copied. GGUF files are converted into the cache."""
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-from swift import audit
-from swift.errors import HubError, MachineError, ModelError
+from swift.errors import HubError, ModelError, near
+from swift.files import machine_error
 from swift.hub import cache
-from swift.hub.gguf import convert
-from swift.hub.reference import Reference
-from swift.hub.safetensors_header import read_headers
-from swift.hub.snapshot import Snapshot, files_in
+from swift.hub.safetensors_header import read_header
+from swift.hub.snapshot import Hub, Snapshot
+
+_FOREIGN_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def resolve(name: str, revision: str | None, *, repo_type: str = "model", token: str | None = None, offline: bool = False) -> Snapshot:
-    """The folder ``name`` itself; a GGUF file is converted once, into the cache.
+def resolve(
+    name: str,
+    revision: str | None = None,
+    *,
+    token: str | None = None,
+    offline: bool = False,
+    repo_type: str = "model",
+    refresh: bool = False,
+) -> Snapshot:
+    """The snapshot of the folder or .gguf file ``name``; its revision is "local", its sha256 are not computed.
 
-    Raises ModelError for a folder without a readable config.json or with damaged weights.
+    A model's folder needs a config.json and whole safetensors files. Raises HubError if there is no such path,
+    ModelError if it holds no usable model, MachineError if it cannot be read.
     """
-    path = Path(name)
-    if not path.exists():
-        raise HubError(f"there is no path {name}", hint="check the spelling, or write hf::ORG/NAME, ms::ORG/NAME, pkg::NAME")
-    if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
-        raise MachineError(f"{path} may not be read", hint="change its permissions, or run as another user")
-    if revision is not None:
-        raise HubError(f"{name} is a path, which has no revisions", hint="leave the revision away")
-    if repo_type == "dataset":
-        return Snapshot(path, str(path), "local", files_in(path) if path.is_dir() else {path.name: path.stat().st_size})
-    gguf = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf")) if path.is_dir() else []
-    if path.is_file() and not gguf:
-        raise ModelError(f"{path} is a file, not a model folder", hint="name the folder that holds config.json and *.safetensors")
-    if gguf and not (path / "config.json").is_file():
-        if len(gguf) > 1:
-            raise ModelError(f"{path} holds {len(gguf)} GGUF files", hint=f"name one of them: {gguf[0]}")
-        return _from_gguf(gguf[0])
-    _check(path)
-    return Snapshot(path, str(path), "local", files_in(path))
-
-
-def _check(path: Path) -> None:
-    config = path / "config.json"
+    path = Path(name).expanduser()
     try:
-        if not isinstance(json.loads(config.read_text(encoding="utf-8")), dict):
-            raise ValueError("not a JSON object")
-    except FileNotFoundError:
-        hint = "it holds an adapter: say --adapters for it" if (path / "adapter_config.json").is_file() else "name a folder that save_pretrained wrote"
-        raise ModelError(f"{path} holds no config.json, so it is no model", hint=hint) from None
-    except (ValueError, OSError) as problem:
-        raise ModelError(f"{config} cannot be read: {problem}") from None
-    if not read_headers(path):
-        others = [file.name for file in path.glob("*.bin")] + [file.name for file in path.glob("*.pth")]
-        more = f"; {others[0]} can run code when it is loaded and is not read" if others else ""
-        raise ModelError(f"{path} holds no *.safetensors{more}", hint="save the model with safe_serialization=True")
+        if not path.exists():
+            raise HubError(f"{name} does not exist", hint=_suggestion(path))
+        path = path.resolve()
+        files = _list(path) if path.is_dir() else {path.name: path.stat().st_size}
+    except OSError as problem:
+        raise machine_error(problem, path) from problem
+    if repo_type != "model":
+        return Snapshot(path, str(path), "local", files)
+    if path.is_file() or ("config.json" not in files and any(file.endswith(".gguf") for file in files)):
+        return _from_gguf(path, files, refresh=refresh)
+    check_model(path, files)
+    return Snapshot(path, str(path), "local", files)
 
 
-def _from_gguf(file: Path) -> Snapshot:
-    digest = audit.sha256_file(file)
-    reference = Reference("local", str(file), digest[:16])
-    with cache.locked(reference):
-        if (found := cache.find(reference)) is None:
-            with cache.new_snapshot(reference, digest[:16]) as folder:
-                convert(file, folder)
-            found = cache.find(reference)
-    assert found is not None
-    return found
+def check_model(path: Path, files: dict[str, int]) -> None:
+    """ModelError unless ``path`` holds a config.json that parses and whole safetensors files, all that its index names."""
+    if "config.json" not in files:
+        hint = "name the adapter with --adapters and its base with --model" if "adapter_config.json" in files else None
+        raise ModelError(f"{path} holds no config.json", hint=hint or "name the folder of a model in the format of transformers")
+    _read_json(path / "config.json")
+    weights = [file for file in files if file.endswith(".safetensors") and "/" not in file]
+    if not weights:
+        foreign = next((file for file in files if file.endswith(_FOREIGN_WEIGHTS)), None)
+        if foreign:
+            raise ModelError(f"{path} holds weights as {foreign}; only safetensors are read", hint="convert them to safetensors first")
+        raise ModelError(f"{path} holds no *.safetensors file")
+    if "model.safetensors.index.json" in files:
+        index = _read_json(path / "model.safetensors.index.json").get("weight_map")
+        missing = sorted(set(index.values()) - set(files)) if isinstance(index, dict) else ["weight_map"]
+        if missing:
+            raise ModelError(f"{path / 'model.safetensors.index.json'} names {missing[0]}, which is not there")
+    for file in weights:
+        read_header(path / file)
+
+
+def _from_gguf(path: Path, files: dict[str, int], *, refresh: bool) -> Snapshot:
+    from swift.hub import gguf
+
+    found = sorted(file for file in files if file.endswith(".gguf"))
+    if len(found) != 1:
+        if not found:
+            raise ModelError(f"{path} is no model", hint="name the folder of a model, or a .gguf file")
+        raise ModelError(f"{path} holds {len(found)} GGUF files", hint=f"name one of them, such as {path / found[0]}")
+    source = path if path.is_file() else path / found[0]
+    revision = gguf.file_revision(source)
+    name = source.stem
+    if not refresh and (snapshot := cache.find("model", "gguf", name, revision)):
+        return snapshot
+    with cache.locked("model", "gguf", name):
+        if not refresh and (snapshot := cache.find("model", "gguf", name, revision)):
+            return snapshot
+
+        def fill(folder: Path) -> dict[str, Any]:
+            return gguf.convert(source, folder) | {"reference": str(source)}
+
+        return cache.add("model", "gguf", name, revision, fill)
+
+
+def _list(folder: Path) -> dict[str, int]:
+    found = {}
+    for parent, folders, names in os.walk(folder, onerror=_fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(parent, name)
+            if not name.startswith(".") and path.is_file():
+                found[path.relative_to(folder).as_posix()] = path.stat().st_size
+    return dict(sorted(found.items()))
+
+
+def _fail(problem: OSError) -> None:
+    raise problem
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise machine_error(problem, path) from problem
+    except ValueError as problem:
+        raise ModelError(f"{path} is not JSON: {problem}") from problem
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    return value
+
+
+def _suggestion(path: Path) -> str:
+    siblings = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
+    match = near(path.name, siblings)
+    return f"did you mean {path.parent / match}?" if match else "name a folder, pkg::NAME, hf::ORG/NAME or ms::ORG/NAME"
+
+
+HUB = Hub("this machine", resolve)

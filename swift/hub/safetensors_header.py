@@ -1,62 +1,76 @@
-"""What a safetensors file holds, from its header alone."""
+"""Reads the header of a safetensors file: names, types and shapes of the tensors, without reading a weight."""
 
 import json
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 from swift.errors import ModelError
+from swift.files import machine_error
 
-BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-}
-LARGEST_HEADER = 100_000_000  # bytes: the limit of the format
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 
-def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Data type and shape of every tensor in ``path``; ModelError if the file is cut short or damaged."""
+def read_header(path: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{tensor: (type such as "F32", shape)} of the file at ``path``.
+
+    Raises ModelError naming the file if it is truncated or corrupt: the header must be whole, each tensor must take the
+    bytes that its type and shape need, and the tensors must fill the file without gap or overlap.
+    """
+    path = Path(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, LARGEST_HEADER):
-                raise ModelError(f"{path} is cut short or no safetensors file", hint="fetch it again")
-            header = json.loads(file.read(length))
-            tensors = {name: (item["dtype"], tuple(item["shape"])) for name, item in header.items() if name != "__metadata__"}
-            ends = [item["data_offsets"][1] for name, item in header.items() if name != "__metadata__"]
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if size < 8 or header_bytes > min(size - 8, _MAX_HEADER_BYTES):
+                raise _broken(path, f"the header says {header_bytes} bytes, the file has {size}")
+            text = file.read(header_bytes)
     except OSError as problem:
-        raise ModelError(f"{path} cannot be read: {problem.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{path} is damaged: its header cannot be read", hint="fetch it again") from None
-    if max(ends, default=0) != size - 8 - length:
-        raise ModelError(f"{path} is cut short: {size} bytes, {8 + length + max(ends, default=0)} expected", hint="fetch it again")
-    for name, (dtype, shape) in tensors.items():
-        begin, end = header[name]["data_offsets"]
-        if dtype in BYTES and math.prod(shape) * BYTES[dtype] != end - begin:
-            raise ModelError(f"{path} is damaged: the size of {name} does not fit its shape", hint="fetch it again")
-    return tensors
+        raise machine_error(problem, path) from problem
+    try:
+        header = json.loads(text)
+    except ValueError:
+        raise _broken(path, "the header is not JSON") from None
+    if not isinstance(header, dict):
+        raise _broken(path, "the header is not a JSON object")
+    header.pop("__metadata__", None)
+    _check_offsets(path, header, size - 8 - header_bytes)
+    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
 
 
-def read_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The same for all safetensors files in ``folder``; ModelError if the index names a file that is absent."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes that a tensor of this type and shape takes in the file."""
+    return math.prod(shape) * DTYPE_BITS[dtype] // 8
+
+
+def _check_offsets(path: Path, header: dict[str, Any], data_bytes: int) -> None:
+    spans = []
+    for name, entry in header.items():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, OSError):
-            raise ModelError(f"{index} is damaged", hint="fetch it again") from None
-        absent = [name for name in names if not (folder / name).is_file()]
-        if absent:
-            raise ModelError(f"{folder} lacks {absent[0]}, which its index names", hint="fetch it again")
-        files = [folder / name for name in names]
-    else:
-        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file in files:
-        tensors.update(read_header(file))
-    return tensors
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            is_sane = dtype in DTYPE_BITS and all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+        except (KeyError, TypeError, ValueError):
+            is_sane = False
+        if not is_sane:
+            raise _broken(path, f"the entry of tensor {name!r} makes no sense")
+        if end - begin != num_bytes(dtype, shape):
+            raise _broken(path, f"tensor {name!r} takes {end - begin} bytes, {dtype} {list(shape)} needs {num_bytes(dtype, shape)}")
+        spans.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            raise _broken(path, f"tensor {name!r} begins at byte {begin}, expected {position}")
+        position = end
+    if position != data_bytes:
+        what = "truncated" if position > data_bytes else "longer than its header says"
+        raise _broken(path, f"it is {what}: the tensors take {position} bytes, the file holds {data_bytes}")
 
 
-def bytes_of(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> int:
-    """Bytes that the tensors take; packed 4-bit formats count as stored."""
-    return sum(math.prod(shape) * BYTES.get(dtype, 1) for dtype, shape in tensors.values())
+def _broken(path: Path, reason: str) -> ModelError:
+    return ModelError(f"{path} is not a whole safetensors file: {reason}", hint="fetch the file again")

@@ -1,28 +1,35 @@
-"""A model or data set as it lies on disk."""
+"""What a hub returns: a folder of files at one revision, and how a hub is described to the registry."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Files in one folder at one revision. ``sha256`` is empty for local folders, which are not hashed unasked."""
+    """A model or data set on this machine.
+
+    ``path`` is the folder, ``reference`` names it so that ``resolve`` finds it again (``hf::Qwen/Qwen-7B``), ``revision``
+    is what was fetched (a commit, a version, or "local"). ``files`` maps names relative to ``path`` to sizes in bytes,
+    ``sha256`` maps them to hexadecimal digests; it is empty for a local folder, which is not hashed at each start.
+    """
 
     path: Path
-    reference: str  # as a user may write it: pkg::NAME, hf::ORG/NAME, or a path
+    reference: str
     revision: str
-    files: dict[str, int]  # name -> size in bytes
+    files: dict[str, int]
     sha256: dict[str, str] = field(default_factory=dict)
 
 
-def files_in(folder: Path) -> dict[str, int]:
-    """Sizes of all files below ``folder`` by relative name; hidden ones and the manifest are left out."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts) and name != MANIFEST:
-            found[name] = path.stat().st_size
-    return found
+@dataclass(frozen=True)
+class Hub:
+    """One place where models come from.
 
+    ``resolve(name, revision, *, token, offline, repo_type, refresh) -> Snapshot`` fetches ``name``; ``refresh`` asks the
+    hub again although the cache has an answer. ``push(path, name, *, token, private, commit_message, revision) -> str``
+    uploads the folder ``path`` and returns the address of what it made; None if one cannot push to this hub.
+    """
 
-MANIFEST = "swift-snapshot.json"
+    title: str
+    resolve: Callable[..., Snapshot]
+    push: Callable[..., str] | None = None

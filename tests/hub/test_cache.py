@@ -97,6 +97,18 @@ def test_an_old_revision_stays_until_the_new_one_stands():
     assert cache.find("model", "ms", NAME, "master") is not None
 
 
+def test_only_an_attempt_that_can_be_resumed_leaves_files(own_cache: Path):
+    def breaks(folder: Path) -> dict[str, Any]:
+        fill(folder)
+        raise KeyboardInterrupt
+
+    for can_resume, left in ((True, 2), (False, 0)):
+        with pytest.raises(KeyboardInterrupt):
+            cache.add("model", "ms", NAME, "master", breaks, can_resume=can_resume)
+        assert len([path for path in own_cache.rglob("*") if path.is_file()]) == left
+        assert cache.find("model", "ms", NAME, "master") is None
+
+
 def test_removing_one_revision_keeps_the_other():
     cache.add("model", "hf", NAME, "one", fill, refs=("v1",))
     cache.add("model", "hf", NAME, "two", fill, refs=("main",))

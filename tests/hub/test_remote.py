@@ -149,9 +149,11 @@ def test_an_attempt_that_was_killed_leaves_no_orphan_and_its_whole_files_are_not
     (partial / ".cache" / "huggingface" / "download").mkdir(parents=True)
     (partial / ".cache" / "huggingface" / "download" / "abc.incomplete").write_bytes(b"half")
     (partial / "model.safetensors").write_bytes(FILES["model.safetensors"])
+    (partial / "of-another-commit.json").write_bytes(b"{}")
     snapshot = hub.resolve("hf::Qwen/Qwen-7B")
     assert [line for line in loopback.downloads() if "model.safetensors" in line] == []
     assert list(own_cache.rglob("*.incomplete")) == []
+    assert set(snapshot.files) == {"config.json", "model.safetensors", "tokenizer.json"}
     assert not any(path.name.startswith(".") for path in snapshot.path.parent.rglob("*"))
 
 
@@ -171,7 +173,7 @@ def test_an_endpoint_that_is_down_fails_within_seconds(monkeypatch: pytest.Monke
 @KINDS
 def test_weights_that_are_only_pickles_are_refused(loopback: Loopback, kind: str):
     put(loopback, kind, {name: data for name, data in FILES.items() if name != "model.safetensors"})
-    with pytest.raises(HubError, match="pytorch_model.bin"):
+    with pytest.raises(HubError, match=r"pytorch_model\.bin"):
         hub.resolve(f"{kind}::Qwen/Qwen-7B")
     assert loopback.downloads() == []
 
