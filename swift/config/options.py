@@ -55,10 +55,11 @@ class Config:
 
     def given(self, name: str) -> bool:
         """Whether the user set ``name``, now and here, to something other than its default."""
-        source = self.sources.get(name, "derived")
-        if source.startswith(("derived", "checkpoint")):
-            return False
-        return bool(getattr(self, name) != default_of(field_named(type(self), name)))
+        return self.said(name) and bool(getattr(self, name) != default_of(field_named(type(self), name)))
+
+    def said(self, name: str) -> bool:
+        """Whether the user set ``name``, now and here, to anything."""
+        return not self.sources.get(name, "derived").startswith(("derived", "checkpoint"))
 
     def refuse_without_effect(self, names: Sequence[str], because: str) -> None:
         """ConfigError for the first of ``names`` that was given, since it would have no effect."""

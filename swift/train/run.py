@@ -14,10 +14,9 @@ from swift import audit, console, hub
 from swift.config.commands import SftConfig
 from swift.config.options import to_dict
 from swift.data.collate import collate
-from swift.data.load import write_rejected
-from swift.errors import ConfigError, Interrupted, TrainingError
-from swift.files import write_json, write_text
-from swift.model.checkpoints import adapter_folder, find_checkpoint, model_reference
+from swift.errors import Interrupted, TrainingError
+from swift.files import write_json
+from swift.model.checkpoints import adapter_folder, model_reference
 from swift.model.load import Loaded, pad_token_id
 from swift.objectives import OBJECTIVES
 from swift.objectives.base import Batch
@@ -28,11 +27,21 @@ from swift.train.build import autocast_dtype, load_for_training
 from swift.train.loop import StepResult, StopRequest, add_to_window, ahead, close_window, evaluate, seed_step, train_step
 from swift.train.memory import peak_memory_gib
 from swift.train.optim import make_optimizer, make_schedule
-from swift.train.prepare import Data, advise, fill_open_options, plan_rows, plan_steps, prepare_data, refuse_several_processes
+from swift.train.prepare import (
+    Data,
+    advise,
+    fill_open_options,
+    objective_of,
+    plan_rows,
+    plan_steps,
+    prepare_data,
+    refuse_several_processes,
+)
+from swift.train.record import describe, say_farewell, what_to_resume
 from swift.train.rundir import RunDirectory, new_run_path
 from swift.train.state import TrainState
 from swift.train.steps import Steps
-from swift.train.trackers import Trackers, duration
+from swift.train.trackers import Trackers
 from swift.tuner import TUNERS
 from swift.tuner.base import parameter_counts
 from swift.tuner.lora import load_adapter_weights
@@ -50,7 +59,7 @@ class TrainResult:
 def train(config: SftConfig) -> TrainResult | None:
     """Run what ``config`` says; None after a dry run. Raises InputError before anything is written, if it can."""
     refuse_several_processes()
-    resume_run, resume_from = _what_to_resume(config)
+    resume_run, resume_from = what_to_resume(config)
     snapshot = hub.resolve(
         model_reference(config.model or ""), config.model_revision, use_hf=config.use_hf, token=config.hub_token, offline=config.offline
     )
@@ -65,11 +74,11 @@ def train(config: SftConfig) -> TrainResult | None:
         return None
     path = resume_run or new_run_path(Path(config.output_dir or "output"), add_version=config.add_version)
     with RunDirectory(path) as run:
-        _describe(run, config, snapshot, data, is_resumed=resume_run is not None)
+        describe(run, config, snapshot, data, is_resumed=resume_run is not None)
         loaded = load_for_training(config, snapshot.path)
         session = Session(config, run, data, steps, loaded)
         result = session.run_to_end(resume_from)
-    _say_farewell(config, result)
+    say_farewell(config, result)
     return result
 
 
@@ -82,6 +91,7 @@ class Session:
         self.objective = OBJECTIVES.get("sft")()
         self.tuner = TUNERS.get(config.tuner_type)()
         self.before: list[str] | None = None
+        self.is_new_best = False
         if config.report_samples and (config.tuner_type == "full" or config.lora_bias != "none"):
             self.before = report.answers(loaded.model, self.tokenizer, data, config)
         torch.manual_seed(config.seed)
@@ -107,7 +117,7 @@ class Session:
         self.trackers = Trackers(
             self.run.path,
             report_to=config.report_to,
-            is_explicit=config.given("report_to") or "report_to" in config.sources,
+            is_explicit=config.said("report_to"),
             logging_dir=config.logging_dir,
             start=state.global_step,
             total=self.steps.total,
@@ -117,6 +127,7 @@ class Session:
             if config.eval_on_start and state.global_step == 0:
                 self._evaluate()
             self.model.train()
+            self.trackers.start_clock()
             batches = self._batches(state.global_step)
             with contextlib.closing(batches):  # type: ignore[type-var]
                 for batch in batches if not self._is_out_of_patience() else ():
@@ -167,8 +178,10 @@ class Session:
             state.log_history.append(self.trackers.log(at, state.epoch, values))
         if self.steps.is_due(config.eval_strategy, config.eval_steps, at) or (is_last and config.eval_strategy == "steps"):
             self._evaluate()
-        if self.steps.is_due(config.save_strategy, config.save_steps, at):
+        is_best_wanted = self.is_new_best and config.load_best_model_at_end
+        if self.steps.is_due(config.save_strategy, config.save_steps, at) or is_best_wanted:
             self._save()
+        self.is_new_best = False
 
     def _evaluate(self) -> None:
         """Loss over the validation rows; remembers the best step."""
@@ -178,6 +191,8 @@ class Session:
         parts = (self._collate(self.data.validation, rows[at : at + size]) for at in range(0, len(rows), size))
         values = evaluate(self.model, parts, objective=self.objective, strategy=self.strategy, device=self.device)
         self.state.log_history.append(self.trackers.log(self.state.global_step, self.state.epoch, values))
+        if self.state.global_step == 0:
+            return  # what came before training is no result of it
         name = "eval_" + self.config.metric_for_best_model.removeprefix("eval_")
         is_greater_better = self.config.greater_is_better
         if is_greater_better is None:
@@ -185,6 +200,7 @@ class Session:
         best, value = self.state.best_metric, values[name]
         if best is None or (value > best if is_greater_better else value < best):
             self.state.best_metric, self.state.best_step, self.state.evaluations_without_gain = value, self.state.global_step, 0
+            self.is_new_best = True
         else:
             self.state.evaluations_without_gain += 1
 
@@ -260,7 +276,7 @@ class Session:
         audit.append(self.run / "audit.jsonl", "end", {"steps": self.state.global_step, "checkpoint": saved.name if saved else None})
 
     def _leave_early(self) -> None:
-        how = f"swift {'pt' if self.config.use_chat_template is False else 'sft'} --resume_from_checkpoint {self.run.path}"
+        how = f"swift {objective_of(self.config)} --resume_from_checkpoint {self.run.path}"
         if self.config.save_strategy == "no" or self.config.save_only_model:
             raise Interrupted(
                 f"stopped after step {self.state.global_step}; nothing was saved to go on from",
@@ -285,54 +301,6 @@ class Session:
         return TrainingError(
             f"step {at}: {problem.message}; its rows are in {path}",
             hint="lower --learning_rate, look at the rows, or train in bf16 or float32",
-        )
-
-
-def _what_to_resume(config: SftConfig) -> tuple[Path | None, Path | None]:
-    """(run directory to go on in, checkpoint to take); a model-only resume makes a new run directory."""
-    place = config.resume_from_checkpoint
-    if place is None or place.lower() == "false":
-        return None, None
-    run, found = find_checkpoint(config.output_dir or "output" if place.lower() == "true" else place)
-    if config.resume_only_model:
-        if found is None:
-            raise ConfigError(f"{run} has no checkpoint whose weights could be taken")
-        return None, found
-    if found is None:
-        console.notice(f"{run} has no checkpoint yet: starting from the beginning")
-    return run, found
-
-
-def _describe(run: RunDirectory, config: SftConfig, snapshot: hub.Snapshot, data: Data, *, is_resumed: bool) -> None:
-    """What the run is, for later commands and readers."""
-    import yaml
-
-    arguments = to_dict(config)
-    write_json(run / "args.json", {**arguments, "model_dir": str(snapshot.path)})
-    write_text(run / "config.yaml", yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True))
-    write_rejected(run / "rejected.jsonl", data.rejected)
-    facts = {
-        "config": audit.digest(arguments),
-        "model": snapshot.reference,
-        "revision": snapshot.revision,
-        "data": data.train.path.name if data.train.path else None,
-        "validation": data.validation.path.name if data.validation and data.validation.path else None,
-        "versions": report.versions(),
-    }
-    audit.append(run / "audit.jsonl", "resume" if is_resumed else "start", facts)
-
-
-def _say_farewell(config: SftConfig, result: TrainResult) -> None:
-    state = result.state
-    speed = state.tokens / max(state.train_seconds, 1e-9)
-    console.say(
-        f"done: {state.global_step} steps in {duration(state.train_seconds)}, {speed:,.0f} tokens/s; report {result.run / 'report.md'}"
-    )
-    if result.checkpoint is not None:
-        console.say(
-            f"next: swift chat --adapters {result.checkpoint}"
-            if config.tuner_type == "lora"
-            else f"next: swift chat --model {result.checkpoint}"
         )
 
 

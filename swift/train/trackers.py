@@ -9,6 +9,17 @@ from swift import console, deps
 from swift.errors import DependencyError
 from swift.files import write_text
 
+# What a line on the screen shows, and under which name; the files hold everything.
+SHOWN = {
+    "loss": "loss",
+    "token_acc": "accuracy",
+    "grad_norm": "grad_norm",
+    "learning_rate": "lr",
+    "tokens_per_s": "tokens/s",
+    "eval_loss": "eval_loss",
+    "eval_token_acc": "eval_accuracy",
+}
+
 
 class Trackers:
     """Writes each logged line everywhere. ``start`` is the step a resumed run starts at: later lines are cut off."""
@@ -30,6 +41,10 @@ class Trackers:
             self._bar = console.progress()
             self._bar.start()
             self._task = self._bar.add_task("train", total=total, completed=start, facts="")
+
+    def start_clock(self) -> None:
+        """The time of the steps begins now: what came before (an evaluation) says nothing of how long they take."""
+        self.begin = time.monotonic()
 
     def step(self, step: int) -> None:
         """Move the display."""
@@ -70,9 +85,10 @@ class Trackers:
         console.event("metrics", {"step": step, "max_steps": self.total, **values})
         if console.is_json():
             return
-        facts = "  ".join(f"{key} {_short(value)}" for key, value in values.items())
+        facts = "  ".join(f"{SHOWN[key]} {_short(value)}" for key, value in values.items() if key in SHOWN)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, facts=f"loss {_short(values['loss'])}" if "loss" in values else "")
+            if "loss" in values:
+                self._bar.update(self._task, facts=f"loss {_short(values['loss'])}")
             self._bar.console.print(f"step {step}/{self.total}  {facts}", highlight=False)
         else:
             console.say(f"step {step}/{self.total}  {facts}  ETA {duration(remaining)}")

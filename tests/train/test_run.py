@@ -297,3 +297,40 @@ def test_training_goes_on_from_an_adapter(run):
     first = run("first")
     second = run("second", adapters=str(first.run), learning_rate=0.0, lora_dropout=0)
     assert_same_bits(adapter(second), adapter(first))
+
+
+def test_pre_training_trains_every_token_and_splits_long_texts(run, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"Heavy snow is expected, {number}. " * 20}) + "\n" for number in range(8)))
+    from swift.api import pt
+
+    result = pt(
+        model=json.loads((run("other").run / "args.json").read_text())["model"],
+        dataset=str(texts),
+        output_dir=str(tmp_path / "pt"),
+        add_version=False,
+        report_to="none",
+        max_steps=3,
+        max_length=64,
+        truncation_strategy="split",
+    )
+    stats = json.loads((result.run / "plan.json").read_text())["planned"]
+    assert stats["examples"] > 8
+    assert stats["tokens_cut"] == 0
+    assert stats["trained_tokens"] == stats["tokens"] - stats["examples"]  # all but the first of each piece
+    with pytest.raises(ConfigError, match="is a run of swift pt"):
+        from swift.api import sft
+
+        sft(resume_from_checkpoint=str(result.run), truncation_strategy="right")
+
+
+def test_a_run_that_resumes_with_other_options_is_warned_of(run, capsys):
+    first = run("a", save_steps=3)
+    run("a", save_steps=3, learning_rate=5e-3, resume_from_checkpoint=str(first.run / "checkpoint-3"))
+    assert "learning_rate was 0.01, is 0.005" in capsys.readouterr().err
+
+
+def test_the_best_step_has_a_checkpoint_when_it_is_wanted(run):
+    result = run(max_steps=5, eval_steps=1, save_steps=100, split_dataset_ratio=0.2, load_best_model_at_end=True, eval_on_start=True)
+    assert result.checkpoint.name == f"checkpoint-{result.state.best_step}"
+    assert result.state.best_step >= 1
