@@ -26,6 +26,9 @@ def what_to_resume(config: SftConfig) -> tuple[Path | None, Path | None]:
     if place is None or place.lower() == "false":
         return None, None
     run, found = find_checkpoint(config.output_dir or "output" if place.lower() == "true" else place)
+    kind = _saved(run).get("objective", objective_of(config))
+    if kind != objective_of(config) and not config.resume_only_model:
+        raise ConfigError(f"{run} is a run of swift {kind}", hint=f"swift {kind} --resume_from_checkpoint {run}")
     if config.resume_only_model:
         if found is None:
             raise ConfigError(f"{run} has no checkpoint whose weights could be taken")
@@ -64,13 +67,14 @@ HARMLESS = set(
 )
 
 
-def _compare(run: RunDirectory, arguments: dict[str, object]) -> None:
-    """Warn of options that were others when the run began; ConfigError if it was another kind of run."""
+def _saved(run: Path) -> dict[str, object]:
     path = run / "args.json"
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    kind = saved.get("objective", arguments["objective"])
-    if kind != arguments["objective"]:
-        raise ConfigError(f"{run.path} is a run of swift {kind}", hint=f"swift {kind} --resume_from_checkpoint {run.path}")
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _compare(run: RunDirectory, arguments: dict[str, object]) -> None:
+    """Warn of options that were others when the run began."""
+    saved = _saved(run.path)
     changed = [name for name in arguments if name not in HARMLESS and name in saved and saved[name] != arguments[name]]
     if changed:
         told = ", ".join(f"{name} was {saved[name]}, is {arguments[name]}" for name in changed)
