@@ -53,12 +53,6 @@ def digest(line: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _last_hash(path: Path) -> str:
     """Hash of the last whole line. A torn last line, left by a kill, is cut off."""
     if not path.exists():

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from swift import __version__, console
 from swift.config.options import Config
 
-PACKAGES = "torch transformers peft safetensors tokenizers huggingface_hub modelscope gguf bitsandbytes tensorboard".split()
+PACKAGES = "torch transformers peft safetensors tokenizers huggingface_hub modelscope-hub gguf bitsandbytes tensorboard".split()
 
 
 def run_doctor(config: Config) -> None:

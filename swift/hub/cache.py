@@ -5,7 +5,6 @@ revisions lies ``refs.json``: which revision a branch, a tag or "latest" meant w
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from typing import Any
 
 from swift import console
 from swift.errors import HubError
-from swift.files import explain_os_errors, machine_error, write_json
+from swift.files import explain_os_errors, machine_error, sha256_file, write_json
 from swift.hub.snapshot import Snapshot
 
 MANIFEST = "swift-snapshot.json"
@@ -93,7 +92,7 @@ def add(
             facts = fill(partial)
             known = facts.pop("sha256", {})
             files = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files_in(partial)}
-            sha256 = {file: known.get(file) or file_sha256(partial / file) for file in files}
+            sha256 = {file: known.get(file) or sha256_file(partial / file) for file in files}
             reference = facts.setdefault("reference", f"{kind}::{name}")
             write_json(partial / MANIFEST, {"revision": revision, "files": files, "sha256": sha256, **facts})
             _replace(partial, folder / _flat(revision))
@@ -172,7 +171,7 @@ def verify(snapshot: Snapshot) -> None:
     for name, digest in snapshot.sha256.items():
         path = snapshot.path / name
         try:
-            actual = file_sha256(path)
+            actual = sha256_file(path)
         except FileNotFoundError:
             raise HubError(f"{path} is missing", hint=f"swift models rm {snapshot.reference}, then pull it again") from None
         except OSError as problem:
@@ -182,12 +181,6 @@ def verify(snapshot: Snapshot) -> None:
                 f"{path} has changed since it was fetched: sha256 {actual[:12]}, expected {digest[:12]}",
                 hint=f"swift models rm {snapshot.reference}, then pull it again",
             )
-
-
-def file_sha256(path: Path) -> str:
-    """The hexadecimal sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from swift import console
 from swift.errors import HubError
+from swift.files import sha256_file
 from swift.hub import cache
 from swift.hub.snapshot import Snapshot
 
@@ -78,7 +79,7 @@ def fetch_all(what: str, folder: Path, files: list[RemoteFile], get: Callable[[R
     def one(file: RemoteFile) -> tuple[str, str]:
         path = folder / file.path
         if path.is_file() and _is_whole(path, file):
-            return file.path, cache.file_sha256(path)
+            return file.path, sha256_file(path)
         get(file)
         if not _is_whole(path, file):
             size = path.stat().st_size if path.is_file() else 0
@@ -87,7 +88,7 @@ def fetch_all(what: str, folder: Path, files: list[RemoteFile], get: Callable[[R
                 f"{what}: {file.path} arrived damaged ({size} of {file.size} bytes, and another digest than the hub lists)",
                 hint="try again; if it happens again, the server or a proxy changes the file",
             )
-        return file.path, cache.file_sha256(path)
+        return file.path, sha256_file(path)
 
     console.say(f"fetching {what}", files=len(files), mb=round(sum(file.size for file in files) / 1e6, 1))
     with ThreadPoolExecutor(_NUM_WORKERS) as pool:
@@ -154,7 +155,7 @@ def _is_whole(path: Path, file: RemoteFile) -> bool:
     if not path.is_file() or path.stat().st_size != file.size:
         return False
     if file.sha256 is not None:
-        return cache.file_sha256(path) == file.sha256
+        return sha256_file(path) == file.sha256
     if file.git_oid is not None and len(file.git_oid) == 40:
         blob = path.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(blob) + blob, usedforsecurity=False).hexdigest() == file.git_oid

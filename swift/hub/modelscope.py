@@ -63,7 +63,7 @@ def _fetch(name: str, wanted: str, *, token: str | None, repo_type: str) -> Snap
 
 
 def _client(name: str, token: str | None) -> tuple[Any, str]:
-    hub = require("modelscope_hub", extra="modelscope", package="modelscope")
+    hub = require("modelscope_hub", extra="modelscope", package="modelscope-hub")
     config = hub.HubConfig(**({"token": token} if token else {}))
     endpoint = str(config.endpoint)
     download.check_reachable(f"ms::{name}", endpoint)

@@ -8,7 +8,7 @@ import torch
 
 from swift import audit
 from swift.errors import CheckpointError
-from swift.files import explain_os_errors, new_folder, save_torch, write_json
+from swift.files import explain_os_errors, new_folder, save_torch, sha256_file, write_json
 from swift.model.checkpoints import ARGS_FILE
 from swift.parallel.base import Strategy
 from swift.train.rundir import STATE_FILE, RunDirectory
@@ -45,7 +45,7 @@ def save_checkpoint(
             save_torch(folder / SCHEDULE_FILE, schedule.state_dict())
         write_json(folder / STATE_FILE, state.to_json())
         write_json(folder / ARGS_FILE, args)
-    weights = {file.name: audit.sha256_file(file) for file in sorted(path.glob("*.safetensors"))}
+    weights = {file.name: sha256_file(file) for file in sorted(path.glob("*.safetensors"))}
     audit.append(run / "audit.jsonl", "checkpoint", {"checkpoint": path.name, "sha256": weights})
     return path
 

@@ -7,6 +7,7 @@ from typing import Any
 from swift import audit, console
 from swift.config.commands import RunsConfig, SftConfig
 from swift.errors import CheckpointError, ConfigError
+from swift.files import sha256_file
 from swift.model.checkpoints import ARGS_FILE, checkpoints_in, find_checkpoint
 
 
@@ -78,7 +79,7 @@ def audit_verify(config: RunsConfig) -> None:
             continue
         for name, digest in line["sha256"].items():
             file = run / line["checkpoint"] / name
-            if not file.is_file() or audit.sha256_file(file) != digest:
+            if not file.is_file() or sha256_file(file) != digest:
                 raise CheckpointError(f"{file} is not the file that was recorded", hint="it was changed after it was written")
     console.say(f"{path}: {events} events, unbroken; all recorded weights are as written")
 
