@@ -48,7 +48,7 @@ def run_infer(config: InferConfig) -> list[dict[str, Any]] | None:
                 bar.update(task, advance=1)
     seconds = time.monotonic() - begin
     console.say(
-        f"{len(results)} answers, {tokens} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s); written to {place}"
+        f"answers: {len(results)}, {tokens} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s); written to {place}"
     )
     return results
 
