@@ -67,10 +67,23 @@ def explain_os_errors(path: Path) -> Iterator[None]:
 def machine_error(problem: OSError, path: Path) -> MachineError:
     hints = {
         errno.ENOSPC: "free some space, or choose another place",
-        errno.EACCES: "choose a place where you may write, or change its permissions",
+        errno.EACCES: "change its permissions, or choose another place",
         errno.EROFS: "choose a place where you may write",
     }
     return MachineError(f"{path}: {problem.strerror or problem}", hint=hints.get(problem.errno or 0))
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """All files below ``folder`` outside of hidden files and folders, sorted; MachineError if a part may not be read."""
+
+    def refuse(problem: OSError) -> None:
+        raise machine_error(problem, Path(problem.filename or folder)) from problem
+
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [path for name in names if not name.startswith(".") and (path := Path(parent, name)).is_file()]
+    return sorted(found)
 
 
 def save_torch(path: Path, value: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from swift import console
 from swift.data import files
 from swift.errors import DataError, near
+from swift.files import visible_files
 
 Row = tuple[str, Any]
 
@@ -118,10 +119,8 @@ def _pick(folder: Path, subsets: tuple[str, ...]) -> list[Path]:
     """The data files below ``folder`` of ``subsets``; without subsets all, or the train split if there are splits."""
     found = sorted(
         path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and files.suffix_of(path) is not None
-        and not any(_NOT_DATA.match(part) for part in path.relative_to(folder).parts)
+        for path in visible_files(folder)
+        if files.suffix_of(path) is not None and not any(_NOT_DATA.match(part) for part in path.relative_to(folder).parts)
     )
     if not found:
         raise DataError(f"{folder} holds no data file", hint=f"known formats: {', '.join(files.READERS)}")

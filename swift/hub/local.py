@@ -1,12 +1,11 @@
 """A folder on this machine: used where it lies, never copied. GGUF files are converted into the cache."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from swift.errors import HubError, ModelError, near
-from swift.files import machine_error
+from swift.files import machine_error, visible_files
 from swift.hub import cache
 from swift.hub.safetensors_header import read_header
 from swift.hub.snapshot import Hub, Snapshot
@@ -89,18 +88,7 @@ def _from_gguf(path: Path, files: dict[str, int], *, refresh: bool) -> Snapshot:
 
 
 def _list(folder: Path) -> dict[str, int]:
-    found = {}
-    for parent, folders, names in os.walk(folder, onerror=_fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(parent, name)
-            if not name.startswith(".") and path.is_file():
-                found[path.relative_to(folder).as_posix()] = path.stat().st_size
-    return dict(sorted(found.items()))
-
-
-def _fail(problem: OSError) -> None:
-    raise problem
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in visible_files(folder)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
