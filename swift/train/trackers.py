@@ -32,7 +32,7 @@ class Trackers:
         self.begin = time.monotonic()
         self.start = start
         for name in ("logging.jsonl", "metrics.jsonl"):
-            cut_after(run / name, start)
+            cut_after(run / name, start or -1)  # a run that starts anew evaluates before its first step again
         self._board = None
         if "tensorboard" in report_to:
             self._board = _tensorboard(Path(logging_dir) if logging_dir else run / "runs", start, is_explicit)

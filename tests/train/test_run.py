@@ -334,3 +334,10 @@ def test_the_best_step_has_a_checkpoint_when_it_is_wanted(run):
     result = run(max_steps=5, eval_steps=1, save_steps=100, split_dataset_ratio=0.2, load_best_model_at_end=True, eval_on_start=True)
     assert result.checkpoint.name == f"checkpoint-{result.state.best_step}"
     assert result.state.best_step >= 1
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_with_clean_logs(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 9.0}\n{"step": 1, "loss": 9.0}\n{"st')
+    result = run(eval_on_start=True, split_dataset_ratio=0.2)
+    assert [line["step"] for line in metrics(result)] == [0, 1, 2, 3, 4, 5, 6, 6]  # the last step is logged and evaluated
