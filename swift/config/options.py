@@ -6,7 +6,7 @@ with the place it came from, into a checked config. Precedence: flag > recipe > 
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -147,13 +147,18 @@ def refuse_unless_inert(cls: type[Config], name: str, value: Any) -> None:
         if refusal.is_inert(value):
             return
         raise ConfigError(f"option --{name} is not available: {refusal.reason}", hint=_hint_for(refusal.accepts, name))
-    from swift.config.commands import all_options
-
-    if name in all_options():
+    if any(name in other.__dataclass_fields__ for other in _descendants(Config)):
         raise ConfigError(f"option --{name} has no effect here: it belongs to another command", hint=f"remove --{name}")
     match = near(name, cls.__dataclass_fields__)
     hint = f"did you mean --{match}?" if match else "see --help for all options"
     raise ConfigError(f"unknown option --{name}", hint=hint)
+
+
+def _descendants(cls: type[Config]) -> Iterator[type[Config]]:
+    """The configs of all commands and groups that are loaded."""
+    for child in cls.__subclasses__():
+        yield child
+        yield from _descendants(child)
 
 
 def _hint_for(accepts: Sequence[str], name: str) -> str:

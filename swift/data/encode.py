@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swift.data.encoded import Encoded, Writer
+from swift.data.encoded import Chunk, Encoded, Example, Writer
 from swift.data.records import Record, Rejected, summary
 from swift.data.render import IGNORED, OBJECTIVES, Rendered, Renderer
 from swift.errors import ConfigError, DataError
@@ -116,19 +116,6 @@ def digest(records: Sequence[Record], tokenizer: Any, options: Options) -> str:
         sha.update(buffer)
         sha.update(b"\n")
     return sha.hexdigest()
-
-
-@dataclass(slots=True)
-class Example:
-    """One example: one sequence or a pair, the position of its record, and how many tokens were cut from it."""
-
-    sequences: list[Rendered]
-    record: int
-    extras: dict[str, Any]
-    num_cut: int = 0
-
-
-Chunk = list[Example | Rejected]
 
 
 def _chunks(records: Sequence[Record], tokenizer: Any, renderer: Renderer, options: Options, num_proc: int) -> Iterator[Chunk]:

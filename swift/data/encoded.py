@@ -5,20 +5,32 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from swift.data.records import Rejected
+from swift.data.render import Rendered
 from swift.files import explain_os_errors
 
-if TYPE_CHECKING:
-    from swift.data.encode import Chunk
-
 _FILES = {"input_ids": np.int32, "labels": np.int32, "weights": np.float32, "offsets": np.int64, "records": np.int64}
+
+
+@dataclass(slots=True)
+class Example:
+    """One example: one sequence or a pair, the position of its record, and how many tokens were cut from it."""
+
+    sequences: list[Rendered]
+    record: int
+    extras: dict[str, Any]
+    num_cut: int = 0
+
+
+Chunk = list[Example | Rejected]
 
 
 class Encoded:
@@ -115,7 +127,7 @@ class Writer:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def add(self, chunk: "Chunk") -> None:
+    def add(self, chunk: Chunk) -> None:
         for item in chunk:
             if isinstance(item, Rejected):
                 self.rejected.append(item)

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from swift import audit, console, hub
 from swift.config.commands import SftConfig
@@ -14,10 +13,8 @@ from swift.model.checkpoints import find_checkpoint
 from swift.train import report
 from swift.train.prepare import Data, objective_of
 from swift.train.rundir import RunDirectory
+from swift.train.state import TrainResult
 from swift.train.trackers import duration
-
-if TYPE_CHECKING:
-    from swift.train.run import TrainResult
 
 
 def what_to_resume(config: SftConfig) -> tuple[Path | None, Path | None]:
@@ -81,7 +78,7 @@ def _compare(run: RunDirectory, arguments: dict[str, object]) -> None:
         console.warn(f"this is no longer the run that was begun: {told}")
 
 
-def say_farewell(config: SftConfig, result: "TrainResult") -> None:
+def say_farewell(config: SftConfig, result: TrainResult) -> None:
     state = result.state
     speed = state.tokens / max(state.train_seconds, 1e-9)
     console.say(

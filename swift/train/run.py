@@ -4,7 +4,6 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +38,12 @@ from swift.train.prepare import (
 )
 from swift.train.record import describe, say_farewell, what_to_resume
 from swift.train.rundir import RunDirectory, new_run_path
-from swift.train.state import TrainState
+from swift.train.state import TrainResult, TrainState
 from swift.train.steps import Steps
 from swift.train.trackers import Trackers
 from swift.tuner import TUNERS
 from swift.tuner.base import parameter_counts
 from swift.tuner.lora import load_adapter_weights
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Where a run is, what it reached, and its newest checkpoint (None with --save_strategy no)."""
-
-    run: Path
-    checkpoint: Path | None
-    state: TrainState
 
 
 def train(config: SftConfig) -> TrainResult | None:

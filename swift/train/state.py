@@ -31,6 +31,15 @@ class TrainState:
         return {"format": "swift-llm 1", **asdict(self)}
 
 
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run is, what it reached, and its newest checkpoint (None with --save_strategy no)."""
+
+    run: Path
+    checkpoint: Path | None
+    state: TrainState
+
+
 def read_state(path: Path) -> TrainState:
     """The state in a checkpoint's trainer_state.json; CheckpointError if another program wrote it."""
     try:
