@@ -1,6 +1,8 @@
 """swift merge-lora: put an adapter into the weights of its model, and prove that nothing else changed."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,10 @@ def run_merge(config: MergeConfig) -> Path:
     tuned = with_adapter(loaded.model, folder)
     ids = [loaded.tokenizer(text, add_special_tokens=False).input_ids for text in PROBES]
     wanted = logprobs(tuned, ids)
-    merged = tuned.merge_and_unload(safe_merge=True)
+    try:
+        merged = tuned.merge_and_unload(safe_merge=True)
+    except ValueError as problem:  # peft found weights that are not finite
+        raise CheckpointError(f"{folder}: {str(problem).splitlines()[0]}", hint="the adapter is damaged; nothing was written") from problem
     difference = largest_difference(wanted, logprobs(merged, ids))
     if not difference <= config.max_difference:
         raise CheckpointError(
@@ -50,8 +55,21 @@ def run_merge(config: MergeConfig) -> Path:
         )
     dtype = DTYPES[config.torch_dtype] if config.torch_dtype else checkpoint_dtype(snapshot.path)
     merged.to(dtype)
-    _write(merged, loaded.tokenizer, target, config, {"base": reference, "adapter": str(folder), "difference": difference})
-    stored = _difference_on_disk(target, wanted, ids, config.device)
+    facts = {"base": reference, "adapter": str(folder), "difference": difference}
+    staging = target.with_name(f"{target.name}.unchecked")
+    try:
+        _write(merged, loaded.tokenizer, staging, config, facts)
+        stored = _difference_on_disk(staging, wanted, ids, config.device)
+        if not stored <= (config.max_difference if dtype == torch.float32 else math.inf):
+            raise CheckpointError(
+                f"the model as stored in {str(dtype).removeprefix('torch.')} differs from the adapter by {stored:.2g}",
+                hint="--torch_dtype float32 keeps all bits; nothing was written",
+            )
+        if target.exists():
+            shutil.rmtree(target)
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     console.say(
         f"merged {folder} into {target}: largest difference of a log-probability {difference:.2g} in float32, "
         f"{stored:.2g} as stored in {str(dtype).removeprefix('torch.')}"
@@ -95,10 +113,7 @@ def largest_difference(wanted: list[torch.Tensor], found: list[torch.Tensor]) ->
 
 
 def _write(model: Any, tokenizer: Any, target: Path, config: MergeConfig, facts: dict[str, Any]) -> None:
-    if target.exists():
-        import shutil
-
-        shutil.rmtree(target)
+    shutil.rmtree(target, ignore_errors=True)  # remains of a merge that was killed
     with new_folder(target) as folder:
         model.save_pretrained(folder, safe_serialization=True, max_shard_size=config.max_shard_size)
         tokenizer.save_pretrained(folder)
