@@ -1,67 +1,82 @@
-"""Examples to padded batches of tensors."""
+"""Examples to batches: one flat row of documents, or rows padded to one length."""
 
-# B examples of a batch, T tokens of the longest
+# B examples of a batch, T tokens of the longest or of the flat row, K positions that predict, S predictions
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from swift.data.prefix import flatten
 from swift.errors import ConfigError
+from swift.model.batch import Batch
 
 IGNORED = -100
-Batch = dict[str, torch.Tensor]
+Example = Mapping[str, Any]  # input_ids, labels, and weights or none
 
 
-def collate(
-    examples: Sequence[Mapping[str, Any]],
+def flat_batch(examples: Sequence[Example], *, share: bool = True) -> Batch:
+    """One row (1, T) without padding; beginnings that examples have in common are computed once if ``share``."""
+    documents = [np.asarray(example["input_ids"], dtype=np.int64) for example in examples]
+    flat = flatten(documents, share=share)
+    return Batch(
+        input_ids=torch.from_numpy(flat.input_ids)[None],
+        position_ids=flat.layout.position_ids(),
+        layout=flat.layout,
+        num_documents=len(examples),
+        num_tokens=sum(map(len, documents)),
+        **_predictions(examples, flat.places),
+    )
+
+
+def padded_batch(
+    examples: Sequence[Example],
     *,
     pad_token_id: int,
     padding_side: str = "right",
     pad_to_multiple_of: int | None = None,
 ) -> Batch:
-    """input_ids, attention_mask and labels (B, T) int64; weights (B, T) float32 if an example has them.
-
-    Padding has label -100, weight 0 and mask 0. ``label`` (B,) or (B, N) and ``margin`` (B,) float32 are there if every
-    example has one. With ``pad_to_multiple_of`` T is the next multiple of it.
-    """
+    """Rows (B, T) of the longest example's length, or the next multiple of ``pad_to_multiple_of``."""
     if padding_side not in ("right", "left"):
         raise ConfigError(f"padding_side is {padding_side!r}", hint="use right or left")
-    longest = max(len(example["input_ids"]) for example in examples)
+    lengths = [len(example["input_ids"]) for example in examples]
     step = pad_to_multiple_of or 1
-    shape = (len(examples), -(-longest // step) * step)
-    batch = {
-        "input_ids": torch.full(shape, pad_token_id, dtype=torch.int64),
-        "attention_mask": torch.zeros(shape, dtype=torch.int64),
-        "labels": torch.full(shape, IGNORED, dtype=torch.int64),
+    width = -(-max(lengths) // step) * step
+    input_ids = np.full((len(examples), width), pad_token_id, dtype=np.int64)
+    attention_mask = np.zeros((len(examples), width), dtype=np.int64)
+    places = []
+    for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+        start = 0 if padding_side == "right" else width - length
+        input_ids[row, start : start + length] = example["input_ids"]
+        attention_mask[row, start : start + length] = 1
+        places.append(np.arange(row * width + start, row * width + start + length))
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        num_documents=len(examples),
+        num_tokens=sum(lengths),
+        **_predictions(examples, places),
+    )
+
+
+def _predictions(examples: Sequence[Example], places: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Which position predicts which token: every trained token but a document's first, by the one before it."""
+    positions, targets, weights, documents = [], [], [], []
+    for document, (example, place) in enumerate(zip(examples, places, strict=True)):
+        labels = np.asarray(example["labels"], dtype=np.int64)
+        trained = np.flatnonzero(labels[1:] != IGNORED)
+        given = example.get("weights")
+        positions.append(place[trained])
+        targets.append(labels[trained + 1])
+        weights.append(np.ones(len(trained), np.float32) if given is None else np.asarray(given, np.float32)[trained + 1])
+        documents.append(np.full(len(trained), document))
+    position = np.concatenate(positions)
+    order = np.argsort(position, kind="stable")
+    kept, row = np.unique(position[order], return_inverse=True)
+    return {
+        "kept_K": torch.from_numpy(kept),
+        "row_S": torch.from_numpy(row),
+        "target_S": torch.from_numpy(np.concatenate(targets)[order]),
+        "weight_S": torch.from_numpy(np.concatenate(weights)[order]),
+        "document_S": torch.from_numpy(np.concatenate(documents)[order]),
     }
-    if any(example.get("weights") is not None for example in examples):
-        batch["weights"] = torch.zeros(shape, dtype=torch.float32)
-    for row, example in enumerate(examples):
-        length = len(example["input_ids"])
-        place = slice(0, length) if padding_side == "right" else slice(shape[1] - length, shape[1])
-        batch["input_ids"][row, place] = torch.tensor(example["input_ids"], dtype=torch.int64)
-        batch["labels"][row, place] = torch.tensor(example["labels"], dtype=torch.int64)
-        batch["attention_mask"][row, place] = 1
-        if "weights" in batch:
-            weights = example.get("weights")
-            batch["weights"][row, place] = 1.0 if weights is None else torch.tensor(weights, dtype=torch.float32)
-    for name in ("label", "margin"):
-        if all(example.get(name) is not None for example in examples):
-            values = torch.tensor([example[name] for example in examples])
-            batch[name] = values.float() if name == "margin" else values
-    return batch
-
-
-def collate_pairs(
-    examples: Sequence[Mapping[str, Any]],
-    *,
-    pad_token_id: int,
-    padding_side: str = "right",
-    pad_to_multiple_of: int | None = None,
-) -> Batch:
-    """A batch of 2B rows: the chosen side of every pair, then the rejected side of every pair in the same order."""
-    sides = [example[side] for side in ("chosen", "rejected") for example in examples]
-    batch = collate(sides, pad_token_id=pad_token_id, padding_side=padding_side, pad_to_multiple_of=pad_to_multiple_of)
-    if all(example.get("margin") is not None for example in examples):
-        batch["margin"] = torch.tensor([float(example["margin"]) for example in examples])
-    return batch

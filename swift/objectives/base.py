@@ -1,10 +1,28 @@
-"""The contract of an objective."""
+"""The contract of an objective, and what it sees of a model and a batch."""
 
 from typing import Any, Protocol
 
 from torch import Tensor
 
-Batch = dict[str, Tensor]
+
+class Batch(Protocol):
+    """The predictions of a batch: S of them, each of one token of one document."""
+
+    @property
+    def weight_S(self) -> Tensor: ...
+    @property
+    def document_S(self) -> Tensor: ...
+    @property
+    def num_documents(self) -> int: ...
+
+
+class Policy(Protocol):
+    """A model to be trained, and how its predictions are taken."""
+
+    model: Any
+
+    def cross_entropy(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """(sum of weight times -log p over the predictions, number of right ones)."""
 
 
 class Objective(Protocol):
@@ -16,5 +34,5 @@ class Objective(Protocol):
     def count(self, batch: Batch) -> float:
         """The number by which the trainer divides, of this batch; known without the model."""
 
-    def loss_sum(self, policy: Any, reference: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_sum(self, policy: Policy, reference: Policy | None, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss summed over items, and sums of metrics to be divided by the same count."""

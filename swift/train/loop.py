@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from swift.errors import TrainingError
-from swift.objectives.base import Batch, Objective
+from swift.model.batch import Batch
+from swift.objectives.base import Objective, Policy
 from swift.parallel.base import Strategy
 from swift.train.state import TrainState
 
@@ -26,12 +27,13 @@ class StepResult:
     count: float
     metrics: dict[str, float]  # sums
     grad_norm: float
-    tokens: int
+    tokens: int  # of the rows, as if nothing were padded or shared
+    computed: int  # by the forward passes
     was_applied: bool
 
 
 def train_step(
-    model: Any, batches: Sequence[Batch], *, objective: Objective, strategy: Strategy, max_grad_norm: float, device: torch.device
+    policy: Policy, batches: Sequence[Batch], *, objective: Objective, strategy: Strategy, max_grad_norm: float, device: torch.device
 ) -> StepResult:
     """Forward and backward over the micro-batches of one step, then one update.
 
@@ -39,11 +41,10 @@ def train_step(
     Raises TrainingError when the loss is not finite.
     """
     count = sum(objective.count(batch) for batch in batches)
-    loss_sum, metrics, tokens = 0.0, dict[str, float](), 0
+    loss_sum, metrics = 0.0, dict[str, float]()
     for batch in batches:
-        on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with strategy.autocast():
-            batch_sum, batch_metrics = objective.loss_sum(model, None, on_device)
+            batch_sum, batch_metrics = objective.loss_sum(policy, None, batch.to(device))
         value = float(batch_sum.detach())
         if not math.isfinite(value):
             raise TrainingError(f"the loss is {value}")
@@ -51,22 +52,24 @@ def train_step(
         loss_sum += value
         for name, metric in batch_metrics.items():
             metrics[name] = metrics.get(name, 0.0) + float(metric)
-        tokens += int(batch["attention_mask"].sum())
     grad_norm, was_applied = strategy.clip_and_step(max_grad_norm)
-    return StepResult(loss_sum / max(count, 1.0), loss_sum, count, metrics, grad_norm, tokens, was_applied)
+    tokens, computed = sum(batch.num_tokens for batch in batches), sum(batch.num_computed for batch in batches)
+    return StepResult(loss_sum / max(count, 1.0), loss_sum, count, metrics, grad_norm, tokens, computed, was_applied)
 
 
 @torch.no_grad()
-def evaluate(model: Any, batches: Iterator[Batch], *, objective: Objective, strategy: Strategy, device: torch.device) -> dict[str, float]:
+def evaluate(
+    policy: Policy, batches: Iterator[Batch], *, objective: Objective, strategy: Strategy, device: torch.device
+) -> dict[str, float]:
     """eval_loss and the objective's metrics over all ``batches``: sums divided once."""
+    model = policy.model
     was_training = model.training
     model.eval()
     loss_sum, count, metrics = 0.0, 0.0, dict[str, float]()
     begin = time.monotonic()
     for batch in batches:
-        on_device = {name: tensor.to(device) for name, tensor in batch.items()}
         with strategy.autocast():
-            batch_sum, batch_metrics = objective.loss_sum(model, None, on_device)
+            batch_sum, batch_metrics = objective.loss_sum(policy, None, batch.to(device))
         loss_sum += float(batch_sum)
         count += objective.count(batch)
         for name, metric in batch_metrics.items():
@@ -154,6 +157,7 @@ def add_to_window(state: TrainState, result: StepResult) -> None:
     for name, value in result.metrics.items():
         state.window_metrics[name] = state.window_metrics.get(name, 0.0) + value
     state.tokens += result.tokens
+    state.computed_tokens += result.computed
     state.supervised_tokens += int(result.count)
 
 

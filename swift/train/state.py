@@ -19,6 +19,7 @@ class TrainState:
     best_step: int | None = None
     evaluations_without_gain: int = 0
     tokens: int = 0
+    computed_tokens: int = 0
     supervised_tokens: int = 0
     train_seconds: float = 0.0
     window_loss: float = 0.0  # loss and metrics since the last logged line, as sums

@@ -1,52 +1,65 @@
 import numpy as np
 import pytest
-import torch
 
-from swift.data.collate import collate, collate_pairs
+from swift.data.collate import flat_batch, padded_batch
 from swift.errors import ConfigError
 
-SHORT = {"input_ids": np.array([1, 2]), "labels": np.array([-100, 2]), "weights": None}
-LONG = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5], "weights": None}
+SHORT = {"input_ids": [1, 2], "labels": [-100, 2]}
+LONG = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5], "weights": [0.0, 0.5, 2.0]}
+
+
+def predictions(batch):
+    """(position, target, weight, document) of each prediction."""
+    positions = batch.kept_K[batch.row_S]
+    return list(zip(positions.tolist(), batch.target_S.tolist(), batch.weight_S.tolist(), batch.document_S.tolist(), strict=True))
 
 
 def test_rows_are_padded_to_the_longest():
-    batch = collate([SHORT, LONG], pad_token_id=9)
-    assert batch["input_ids"].tolist() == [[1, 2, 9], [3, 4, 5]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert batch["labels"].tolist() == [[-100, 2, -100], [-100, 4, 5]]
-    assert {name: tensor.dtype for name, tensor in batch.items()} == dict.fromkeys(batch, torch.int64)
+    batch = padded_batch([SHORT, LONG], pad_token_id=9)
+    assert batch.input_ids.tolist() == [[1, 2, 9], [3, 4, 5]]
+    assert batch.attention_mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert predictions(batch) == [(0, 2, 1.0, 0), (3, 4, 0.5, 1), (4, 5, 2.0, 1)]
+    assert (batch.num_tokens, batch.num_computed) == (5, 6)
 
 
-def test_rows_can_be_padded_on_the_left():
-    batch = collate([SHORT, LONG], pad_token_id=9, padding_side="left")
-    assert batch["input_ids"].tolist() == [[9, 1, 2], [3, 4, 5]]
-    assert batch["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
-    assert batch["labels"].tolist() == [[-100, -100, 2], [-100, 4, 5]]
-    with pytest.raises(ConfigError):
-        collate([SHORT], pad_token_id=9, padding_side="top")
+def test_padding_can_stand_on_the_left():
+    batch = padded_batch([SHORT, LONG], pad_token_id=9, padding_side="left")
+    assert batch.input_ids.tolist() == [[9, 1, 2], [3, 4, 5]]
+    assert predictions(batch)[0] == (1, 2, 1.0, 0)
 
 
-@pytest.mark.parametrize(("multiple", "width"), [(None, 3), (1, 3), (2, 4), (3, 3), (8, 8)])
+def test_an_unknown_side_is_refused():
+    with pytest.raises(ConfigError, match="top"):
+        padded_batch([SHORT], pad_token_id=9, padding_side="top")
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(2, 4), (8, 8), (3, 3)])
 def test_the_width_can_be_a_multiple(multiple, width):
-    assert collate([SHORT, LONG], pad_token_id=9, pad_to_multiple_of=multiple)["labels"].shape == (2, width)
+    assert padded_batch([SHORT, LONG], pad_token_id=9, pad_to_multiple_of=multiple).input_ids.shape == (2, width)
 
 
-def test_weights_are_there_if_one_row_has_them():
-    batch = collate([SHORT, {**LONG, "weights": [0.0, 2.0, 0.5]}], pad_token_id=9)
-    torch.testing.assert_close(batch["weights"], torch.tensor([[1.0, 1.0, 0.0], [0.0, 2.0, 0.5]]))
+def test_a_padding_token_inside_a_row_is_no_padding():
+    assert padded_batch([{**SHORT, "input_ids": [9, 2]}], pad_token_id=9).attention_mask.tolist() == [[1, 1]]
 
 
-def test_a_pad_token_inside_a_row_is_attended_to():
-    assert collate([{**SHORT, "input_ids": [9, 2]}], pad_token_id=9)["attention_mask"].tolist() == [[1, 1]]
+def test_a_flat_row_has_no_padding():
+    batch = flat_batch([SHORT, LONG])
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5]]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2]]
+    assert predictions(batch) == [(0, 2, 1.0, 0), (2, 4, 0.5, 1), (3, 5, 2.0, 1)]
+    assert batch.num_tokens == batch.num_computed == 5
 
 
-def test_labels_of_rows_become_a_tensor():
-    assert collate([{**SHORT, "label": True}, {**LONG, "label": False}], pad_token_id=9)["label"].tolist() == [True, False]
-    assert "label" not in collate([{**SHORT, "label": 1}, LONG], pad_token_id=9)
+def test_the_last_shared_token_predicts_the_first_one_of_each_document():
+    shared = list(range(100, 120))
+    made = [{"input_ids": [*shared, end], "labels": [-100] * 20 + [end]} for end in (7, 8)]
+    batch = flat_batch(made)
+    assert batch.kept_K.tolist() == [19]
+    assert predictions(batch) == [(19, 7, 1.0, 0), (19, 8, 1.0, 1)]
+    assert (batch.num_tokens, batch.num_computed) == (42, 22)
 
 
-def test_pairs_are_all_chosen_rows_and_then_all_rejected_ones():
-    pairs = [{"chosen": SHORT, "rejected": LONG, "margin": 1}, {"chosen": LONG, "rejected": SHORT, "margin": 0.5}]
-    batch = collate_pairs(pairs, pad_token_id=9)
-    assert batch["input_ids"].tolist() == [[1, 2, 9], [3, 4, 5], [3, 4, 5], [1, 2, 9]]
-    assert batch["margin"].tolist() == [1.0, 0.5]
+def test_a_trained_token_of_a_shared_beginning_counts_for_each_document():
+    shared = np.arange(100, 120)
+    made = [{"input_ids": np.append(shared, end), "labels": np.append(np.where(shared == 110, shared, -100), end)} for end in (7, 8)]
+    assert predictions(flat_batch(made)) == [(9, 110, 1.0, 0), (9, 110, 1.0, 1), (19, 7, 1.0, 0), (19, 8, 1.0, 1)]

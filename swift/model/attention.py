@@ -1,0 +1,177 @@
+"""Attention over a flattened batch: each document by itself, shared beginnings computed once, for any model of transformers.
+
+A model is switched once (`use_packed_attention`). After that a forward pass with ``layout=`` computes per document; one
+without it (evaluation of padded rows, generation) does what the model did before.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from swift.errors import ModelError
+from swift.model.layout import Layout
+
+PREFIX = "swift_"
+# A mask of four dimensions is handed on by transformers as it is, so that no (T, T) mask is made.
+NO_MASK_SHAPE = (1, 1, 1, 1)
+
+# H query heads, G key heads, T tokens of the flat row, Q queries of a segment, K keys that they see, d width of a head
+
+
+def use_packed_attention(model: Any) -> None:
+    """Let ``model`` take ``layout=``. Raises ModelError if its attention cannot be replaced."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    base = model.config._attn_implementation
+    if base.startswith(PREFIX):
+        return
+    name = PREFIX + base
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, _attention_after(base))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    try:
+        model.set_attn_implementation(name)
+    except ValueError as problem:
+        raise ModelError(f"the attention of {type(model).__name__} cannot be replaced: {problem}") from None
+    if model.config._attn_implementation != name:
+        raise ModelError(f"the attention of {type(model).__name__} cannot be replaced")
+
+
+def packed_inputs(layout: Layout, device: torch.device) -> dict[str, Any]:
+    """What a forward pass over a flattened batch takes besides the tokens."""
+    return {"layout": layout, "attention_mask": torch.zeros(NO_MASK_SHAPE, dtype=torch.bool, device=device)}
+
+
+def _attention_after(base: str) -> Any:
+    """The attention function that is packed with a layout, and ``base``'s without one."""
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
+        layout = options.pop("layout", None)
+        if layout is None:
+            return _unpacked(base, module)(module, query, key, value, attention_mask, **options)
+        return packed_attention(query, key, value, layout, base=base, **options), None
+
+    return attention
+
+
+def _unpacked(base: str, module: Any) -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if base == "eager":
+        import sys
+
+        # Each model file of transformers has its own, which is what it calls when no other is asked for.
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[base]
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    base: str = "sdpa",
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """(1, T, H, d) from query (1, H, T, d) and key and value (1, G, T, d).
+
+    ``sliding_window`` w: a token sees itself and the w - 1 before it. ``softcap`` c: scores are c tanh(score / c).
+    ``s_aux`` (H,): a score for attending to nothing. The kernels for sequences of unequal length serve half precision on
+    a CUDA device; every segment by itself otherwise.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    is_plain = softcap is None and s_aux is None
+    if is_plain and dropout == 0 and query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        return _varlen(query, key, value, layout, scaling, sliding_window)
+    queries = query.split(layout.lengths, dim=2)
+    keys, values = key.split(layout.lengths, dim=2), value.split(layout.lengths, dim=2)
+    outputs = []
+    for segment, chain in enumerate(layout.chains):
+        k = keys[segment] if len(chain) == 1 else torch.cat([keys[part] for part in chain], dim=2)
+        v = values[segment] if len(chain) == 1 else torch.cat([values[part] for part in chain], dim=2)
+        q = queries[segment]
+        if is_plain and base != "eager":
+            is_simple = len(chain) == 1 and (sliding_window is None or k.shape[2] <= sliding_window)
+            mask = None if is_simple else _causal(q.shape[2], k.shape[2], sliding_window, q.device)
+            outputs.append(_sdpa(q, k, v, mask, scaling, dropout))
+        else:
+            mask = _causal(q.shape[2], k.shape[2], sliding_window, q.device)
+            outputs.append(_eager(q, k, v, mask, scaling, dropout, softcap, s_aux))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=256)  # all layers of a pass ask for the same ones
+def _causal(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
+    """(Q, K) bool: the last query sees the last key."""
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+    if sliding_window is not None:
+        mask = mask.triu(num_keys - num_queries - sliding_window + 1)
+    return mask
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:
+    is_grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=is_grouped
+    )
+
+
+def _eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float,
+    dropout: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if s_aux is not None:
+        sinks = s_aux.reshape(1, -1, 1, 1).expand(1, -1, query.shape[2], 1).to(scores.dtype)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    if s_aux is not None:
+        weights = weights[..., :-1]
+    return F.dropout(weights, dropout) @ value
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, sliding_window: int | None) -> Tensor:
+    """All segments in one call of the kernel that torch has for sequences of unequal length."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    index, ends_q, ends_k, most_q, most_k = layout.varlen
+    index = index.to(query.device, non_blocking=True)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, d)
+    if len(index) != len(k):
+        k, v = k.index_select(0, index), v.index_select(0, index)
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        ends_q.to(query.device, non_blocking=True),
+        ends_k.to(query.device, non_blocking=True),
+        most_q,
+        most_k,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out.unsqueeze(0)

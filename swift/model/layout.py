@@ -1,0 +1,85 @@
+"""Which tokens of a flattened batch belong together: documents side by side, and beginnings that several documents share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+# T tokens of the flattened batch, K keys that a segment sees
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Segments of a flat row of tokens, in order, each with the segment that it continues.
+
+    A document is a chain: its last segment, that one's parent, and so on to a segment without a parent (-1). Documents
+    without a common beginning are one segment each. A token sees its chain up to itself and nothing else. A parent
+    stands before its children, so that keys are always at smaller indices than queries.
+    """
+
+    lengths: tuple[int, ...]
+    parents: tuple[int, ...]
+
+    @classmethod
+    def of_documents(cls, lengths: Sequence[int]) -> "Layout":
+        """Documents that share nothing."""
+        return cls(tuple(lengths), (-1,) * len(lengths))
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Index of the first token of each segment."""
+        starts, at = [], 0
+        for length in self.lengths:
+            starts.append(at)
+            at += length
+        return tuple(starts)
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Tokens of the chain that come before each segment."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(0 if parent < 0 else depths[parent] + self.lengths[parent])
+        return tuple(depths)
+
+    @cached_property
+    def chains(self) -> tuple[tuple[int, ...], ...]:
+        """For each segment: the segments of its chain, the first one first, itself last."""
+        chains: list[tuple[int, ...]] = []
+        for index, parent in enumerate(self.parents):
+            chains.append((*(chains[parent] if parent >= 0 else ()), index))
+        return tuple(chains)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    def position_ids(self) -> torch.Tensor:
+        """(1, T) int64: the place of each token in its document."""
+        parts = [torch.arange(depth, depth + length) for depth, length in zip(self.depths, self.lengths, strict=True)]
+        return torch.cat(parts).unsqueeze(0)
+
+    def mask(self) -> torch.Tensor:
+        """(T, T) bool, true where the row's token sees the column's: the definition that faster ways are tested against."""
+        seen = torch.zeros(self.num_tokens, self.num_tokens, dtype=torch.bool)
+        for start, length, chain in zip(self.starts, self.lengths, self.chains, strict=True):
+            for segment in chain[:-1]:
+                begin = self.starts[segment]
+                seen[start : start + length, begin : begin + self.lengths[segment]] = True
+            seen[start : start + length, start : start + length] = torch.ones(length, length, dtype=torch.bool).tril()
+        return seen
+
+    @cached_property
+    def varlen(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
+        """What kernels for sequences of unequal length take: (key index (K,), ends of queries, ends of keys, most queries, most keys).
+
+        The keys of each segment are gathered, so a shared beginning is read by each segment that continues it; such
+        kernels align the last query with the last key, which is what a continued segment needs.
+        """
+        keys = [
+            torch.cat([torch.arange(self.starts[part], self.starts[part] + self.lengths[part]) for part in chain]) for chain in self.chains
+        ]
+        ends_q = torch.tensor([0, *self.lengths]).cumsum(0).to(torch.int32)
+        ends_k = torch.tensor([0, *(len(key) for key in keys)]).cumsum(0).to(torch.int32)
+        return torch.cat(keys), ends_q, ends_k, max(self.lengths), max(len(key) for key in keys)

@@ -1,0 +1,193 @@
+"""A causal language model as training sees it: hidden states of a batch, and the head at the positions that matter.
+
+No model is known by name. The head is whatever the model's own forward does after its decoder (a linear layer, scaled or
+soft-capped), and is run by letting that forward see given hidden states in place of the decoder's. Both that and
+per-document attention are tried on the model itself before they are relied on.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swift.errors import ModelError
+from swift.model.attention import packed_inputs, use_packed_attention
+from swift.model.batch import Batch
+from swift.model.chunked import chunked_cross_entropy
+from swift.model.layout import Layout
+
+# B rows, T tokens of a row, K positions whose prediction is wanted, D model width, C positions of a part, V vocabulary
+
+
+class Policy:
+    """What objectives compute with. ``model`` is a transformers model, bare or inside PEFT."""
+
+    def __init__(self, model: Any, *, router_aux_loss_coef: float = 0.0) -> None:
+        self.model = model
+        self.inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.decoder = self.inner.base_model
+        self.router_aux_loss_coef = router_aux_loss_coef
+        self._output_type: Any = None
+        self.has_own_head = self.decoder is not self.inner and self._head_is_separable()
+
+    def cross_entropy(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(sum of weight times -log p(target), number of right predictions), float32 scalars.
+
+        A mixture of experts adds ``router_aux_loss_coef`` times its load-balancing loss for each prediction that counts.
+        """
+        hidden_BTD, routers = self._decode(batch)
+        hidden_KD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, batch.kept_K)
+        loss, right = chunked_cross_entropy(
+            self._head if self.has_own_head else _same,
+            list(self.inner.get_output_embeddings().parameters()) if self.has_own_head else [],
+            hidden_KD,
+            batch.row_S,
+            batch.target_S,
+            batch.weight_S,
+            vocabulary=self.inner.config.get_text_config().vocab_size,
+        )
+        if routers is not None:
+            loss = loss + self.router_aux_loss_coef * (batch.weight_S != 0).sum() * self._balance(routers)
+        return loss, right
+
+    def _decode(self, batch: Batch) -> tuple[Tensor, Any]:
+        """Hidden states (B, T, D), and the routers' logits if they are to be balanced."""
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        if batch.position_ids is not None:
+            inputs["position_ids"] = batch.position_ids
+        if batch.layout is not None:
+            inputs |= packed_inputs(batch.layout, batch.input_ids.device)
+        elif batch.attention_mask is not None:
+            inputs["attention_mask"] = batch.attention_mask
+        if self.router_aux_loss_coef:
+            inputs["output_router_logits"] = True
+        if not self.has_own_head:
+            output = self.inner(**inputs)
+            return output.logits, getattr(output, "router_logits", None) if self.router_aux_loss_coef else None
+        output = self.decoder(**inputs)
+        self._output_type = type(output)
+        return output.last_hidden_state, getattr(output, "router_logits", None) if self.router_aux_loss_coef else None
+
+    def _head(self, hidden_CD: Tensor) -> Tensor:
+        """Logits (C, V) of hidden states."""
+        with self._decoder_gives(last_hidden_state=hidden_CD[None]):
+            logits: Tensor = self.inner(inputs_embeds=hidden_CD[None], use_cache=False).logits[0]
+        return logits
+
+    def _balance(self, routers: Any) -> Tensor:
+        """The model's own load-balancing loss of one batch."""
+        states = routers[0].new_zeros(1, 1, self.inner.get_input_embeddings().weight.shape[1])
+        with self._decoder_gives(last_hidden_state=states, router_logits=routers):
+            loss: Tensor = self.inner(inputs_embeds=states, use_cache=False, output_router_logits=True).aux_loss
+        return loss
+
+    @contextlib.contextmanager
+    def _decoder_gives(self, **fields: Any) -> Iterator[None]:
+        """Within, a forward pass of the model takes ``fields`` for what its decoder computed."""
+        assert self._output_type is not None
+        known = {field.name for field in dataclasses.fields(self._output_type)}
+        output = self._output_type(**{name: value for name, value in fields.items() if name in known})
+        self.decoder.forward = lambda *_, **__: output
+        try:
+            yield
+        finally:
+            del self.decoder.forward  # the class's own is seen again
+
+    @torch.no_grad()
+    def _head_is_separable(self) -> bool:
+        """Whether head(decoder(tokens)) is what the model computes."""
+        if "forward" in vars(self.decoder) or self.inner.get_output_embeddings() is None:
+            return False
+        with _evaluating(self.inner):
+            ids = probe_ids(self.inner, 4)
+            try:
+                wanted = self.inner(input_ids=ids, use_cache=False).logits[0]
+                output = self.decoder(input_ids=ids, use_cache=False)
+                self._output_type = type(output)
+                found = self._head(output.last_hidden_state[0])
+            except (AttributeError, TypeError, ValueError, AssertionError):
+                return False
+        return found.shape == wanted.shape and _is_close(found, wanted)
+
+
+def packing_fault(model: Any) -> str | None:
+    """Why documents of a flat batch would not be computed each by itself in ``model``; None if they are.
+
+    The model is switched to per-document attention and tried: three documents, two of which share a beginning, must give
+    the logits that they give alone. Sliding windows are narrowed for the trial, so that they count.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(inner.config.get_text_config(), "attention_chunk_size", None):
+        return "its attention works in chunks of fixed places"
+    before = inner.config._attn_implementation
+    try:
+        use_packed_attention(inner)
+        is_apart = _keeps_documents_apart(inner)
+    except (ModelError, TypeError, ValueError, RuntimeError, IndexError, KeyError) as problem:
+        inner.config._attn_implementation = before
+        return f"its forward pass does not take it: {str(problem).splitlines()[0]}"
+    if not is_apart:
+        inner.set_attn_implementation(before)
+        return "its layers carry something from one document to the next"
+    return None
+
+
+@torch.no_grad()
+def _keeps_documents_apart(model: Any) -> bool:
+    layout = Layout(lengths=(3, 4, 5, 6), parents=(-1, 0, 0, -1))
+    ids = probe_ids(model, layout.num_tokens)
+    documents = [(0, 1, 2, 3, 4, 5, 6), (0, 1, 2, 7, 8, 9, 10, 11), (12, 13, 14, 15, 16, 17)]
+    with _evaluating(model), _narrow_windows(model):
+        inputs = packed_inputs(layout, ids.device)
+        packed = model(input_ids=ids, position_ids=layout.position_ids().to(ids.device), use_cache=False, **inputs).logits[0]
+        for places in documents:
+            index = torch.tensor(places, device=ids.device)
+            alone = model(input_ids=ids[:, index], use_cache=False).logits[0]
+            if not _is_close(packed[index], alone):
+                return False
+    return True
+
+
+@contextlib.contextmanager
+def _narrow_windows(model: Any) -> Iterator[None]:
+    owners = [model.config, model.config.get_text_config(), *model.modules()]
+    owners = [owner for owner in owners if isinstance(getattr(owner, "sliding_window", None), int)]
+    kept = [owner.sliding_window for owner in owners]
+    for owner in owners:
+        owner.sliding_window = 3
+    try:
+        yield
+    finally:
+        for owner, window in zip(owners, kept, strict=True):
+            owner.sliding_window = window
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def probe_ids(model: Any, count: int) -> Tensor:
+    """(1, count) tokens that differ from one another."""
+    weight: Tensor = model.get_input_embeddings().weight
+    ids = torch.arange(count) * 37 % (weight.shape[0] - 1) + 1
+    return ids[None].to(weight.device)
+
+
+def _is_close(found: Tensor, wanted: Tensor) -> bool:
+    """Equal but for the rounding of another order of sums; what leaks between documents is far larger."""
+    tolerance = 1e-3 if wanted.dtype == torch.float32 else 0.05
+    found, wanted = found.float(), wanted.float()
+    return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max().clamp_min(1e-6))
+
+
+def _same(logits: Tensor) -> Tensor:
+    return logits

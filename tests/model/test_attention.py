@@ -1,0 +1,76 @@
+import inspect
+import math
+
+import pytest
+import torch
+from torch.nn.attention.varlen import varlen_attn
+
+from swift.model.attention import packed_attention
+from swift.model.layout import Layout
+
+TREE = Layout(lengths=(5, 4, 6, 3, 7), parents=(-1, 0, 0, 2, -1))
+H, G, D = 4, 2, 8
+
+
+def tensors(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((1, H, TREE.num_tokens, D), (1, G, TREE.num_tokens, D), (1, G, TREE.num_tokens, D))
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+def by_definition(query, key, value, mask, *, softcap=None, sinks=None):
+    """softmax(q k^T / sqrt(d)) v over the whole row, with the mask of the layout."""
+    key, value = key.repeat_interleave(H // G, dim=1), value.repeat_interleave(H // G, dim=1)
+    scores = query @ key.transpose(2, 3) / math.sqrt(D)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, H, 1, 1).expand(1, H, query.shape[2], 1)], dim=-1)
+        return (scores.softmax(-1)[..., :-1] @ value).transpose(1, 2)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def same(found, wanted, inputs):
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
+    for got, expected in zip(
+        torch.autograd.grad((found * weights).sum(), inputs), torch.autograd.grad((wanted * weights).sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+def test_segment_by_segment_is_the_whole_row_under_the_mask(base):
+    inputs = tensors()
+    same(packed_attention(*inputs, TREE, base=base), by_definition(*inputs, TREE.mask()), inputs)
+
+
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+def test_a_sliding_window_counts_positions_of_the_document(base):
+    inputs = tensors()
+    positions = TREE.position_ids()[0]
+    window = TREE.mask() & (positions[:, None] - positions[None, :] < 3)
+    same(packed_attention(*inputs, TREE, base=base, sliding_window=3), by_definition(*inputs, window), inputs)
+
+
+def test_scores_are_capped_and_sinks_take_their_share():
+    inputs = [*tensors(), torch.randn(H, generator=torch.Generator().manual_seed(2)).requires_grad_()]
+    found = packed_attention(*inputs[:3], TREE, softcap=2.0, s_aux=inputs[3])
+    same(found, by_definition(*inputs[:3], TREE.mask(), softcap=2.0, sinks=inputs[3]), inputs)
+
+
+def test_another_document_changes_nothing():
+    query, key, value = tensors()
+    before = packed_attention(query, key, value, TREE)
+    key, value = key.detach().clone(), value.detach().clone()
+    key[:, :, 18:], value[:, :, 18:] = 9.0, 9.0  # the last document
+    after = packed_attention(query, key, value, TREE)
+    assert torch.equal(before[:, :18], after[:, :18])
+    assert not torch.equal(before[:, 18:], after[:, 18:])
+
+
+def test_the_kernel_for_cuda_takes_what_it_is_given():
+    parameters = inspect.signature(varlen_attn).parameters
+    assert list(parameters)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"scale", "window_size", "enable_gqa"} <= set(parameters)

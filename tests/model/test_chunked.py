@@ -1,0 +1,80 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from swift.model import chunked
+from swift.model.chunked import chunked_cross_entropy
+
+K, D, V = 23, 6, 17
+
+
+@pytest.fixture
+def case(monkeypatch):
+    """Hidden states, a head, and predictions of which some share a position; five positions a part."""
+    monkeypatch.setattr(chunked, "CPU_CHUNK_BYTES", 4 * V * 5)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(K, D, generator=generator).requires_grad_()
+    weight = torch.randn(V, D, generator=generator).requires_grad_()
+    row = torch.tensor([*range(K), 3, 3, 22]).sort().values
+    target = torch.randint(0, V, (len(row),), generator=generator)
+    weights = torch.rand(len(row), generator=generator)
+    weights[4] = 0
+    return hidden, weight, row, target, weights
+
+
+def whole(logits, row, target, weights):
+    return (weights * F.cross_entropy(logits[row], target, reduction="none")).sum()
+
+
+HEADS = {
+    "linear": lambda hidden, weight: hidden @ weight.T,
+    "scaled": lambda hidden, weight: hidden @ weight.T * 0.25,
+    "soft-capped": lambda hidden, weight: 3 * torch.tanh(hidden @ weight.T / 3),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_parts_give_the_loss_and_the_gradients_of_the_whole(case, name):
+    hidden, weight, row, target, weights = case
+    head = HEADS[name]
+    wanted = whole(head(hidden, weight), row, target, weights)
+    found, _ = chunked_cross_entropy(lambda part: head(part, weight), [weight], hidden, row, target, weights, vocabulary=V)
+    torch.testing.assert_close(found, wanted)
+    for got, expected in zip(
+        torch.autograd.grad(found * 0.5, (hidden, weight)), torch.autograd.grad(wanted * 0.5, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_right_predictions_of_weight_zero_do_not_count():
+    hidden = torch.eye(3)
+    row, target = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 0])  # the last one is wrong
+    weights = torch.tensor([1.0, 0.0, 1.0])
+    _, right = chunked_cross_entropy(lambda part: part * 5, [], hidden, row, target, weights, vocabulary=3)
+    assert float(right) == 1
+
+
+def test_no_gradient_is_computed_where_none_is_asked_for(case):
+    hidden, weight, row, target, weights = case
+    calls = []
+
+    def head(part):
+        calls.append(torch.is_grad_enabled())
+        return part @ weight.T
+
+    with torch.no_grad():
+        loss, _ = chunked_cross_entropy(head, [], hidden, row, target, weights, vocabulary=V)
+    assert not loss.requires_grad
+    assert calls and not any(calls)
+
+
+def test_large_logits_keep_their_digits():
+    hidden = torch.tensor([[1000.0, 0.0], [0.0, -1000.0]])
+    loss, _ = chunked_cross_entropy(lambda part: part, [], hidden, torch.tensor([0, 1]), torch.tensor([1, 0]), torch.ones(2), vocabulary=2)
+    assert float(loss) == 1000.0  # log(1 + e^1000) - 0, and log(1 + e^-1000) = 0
+
+
+def test_no_prediction_at_all_costs_nothing():
+    empty = torch.zeros(0, dtype=torch.int64)
+    loss, right = chunked_cross_entropy(lambda part: part, [], torch.zeros(0, 4), empty, empty, torch.zeros(0), vocabulary=4)
+    assert float(loss) == float(right) == 0

@@ -1,0 +1,152 @@
+"""Models of many families, built here with random weights: what is relied on is tried on each."""
+
+import warnings
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from swift.data.collate import flat_batch, padded_batch
+from swift.model.policy import Policy, packing_fault
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 4},
+    "gemma2": {"sliding_window": 4, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 4},
+    "phi3": {},
+    "olmo2": {},
+    "cohere": {"logit_scale": 0.06},
+    "granite": {"logits_scaling": 8.0},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {**EXPERTS, "decoder_sparse_step": 1},
+    "gpt_oss": {"num_local_experts": 4, "sliding_window": 4},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+}
+
+
+def build(family):
+    config = CONFIG_MAPPING[family](**{**SMALL, **FAMILIES.get(family, {})})
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.15)
+    return model.eval()
+
+
+def examples():
+    """Three documents; the first two share 16 tokens, of which the last four are trained in both."""
+    generator = torch.Generator().manual_seed(3)
+    shared = torch.randint(3, 128, (16,), generator=generator).tolist()
+    ends = [torch.randint(3, 128, (count,), generator=generator).tolist() for count in (7, 5, 9)]
+    documents = [shared + ends[0], shared + ends[1], ends[2]]
+    return [{"input_ids": ids, "labels": [-100] * min(12, len(ids) - 4) + ids[min(12, len(ids) - 4) :]} for ids in documents]
+
+
+def one_by_one(model):
+    """The loss and gradients of transformers' own logits, a document at a time."""
+    loss = torch.zeros(())
+    for example in examples():
+        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"])
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        loss = loss + F.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum")
+    return loss, gradients(model, loss)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("share", [True, False], ids=["shared beginnings", "whole documents"])
+def test_a_flat_row_of_documents_gives_each_ones_own_loss_and_gradients(family, share):
+    model = build(family)
+    wanted, wanted_gradients = one_by_one(model)
+    assert packing_fault(model) is None
+    batch = flat_batch(examples(), share=share)
+    assert batch.num_computed == (37 if share else 53)
+    found, _ = Policy(model).cross_entropy(batch)
+    torch.testing.assert_close(found, wanted, atol=0, rtol=1e-5)
+    found_gradients = gradients(model, found)
+    assert found_gradients.keys() == wanted_gradients.keys()
+    for name, gradient in wanted_gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, atol=2e-4 * float(gradient.abs().max() + 1e-3), rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padded_rows_give_the_same_loss(family, side):
+    model = build(family)
+    wanted, _ = one_by_one(model)
+    found, _ = Policy(model).cross_entropy(padded_batch(examples(), pad_token_id=0, padding_side=side))
+    torch.testing.assert_close(found, wanted, atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "from one document to the next"),
+        ("jamba", {"num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}, "from one document to"),
+        ("bloom", {"n_layer": 2, "n_head": 4}, "cannot be replaced"),
+        ("llama4_text", {"num_local_experts": 2}, "chunks"),
+    ],
+)
+def test_a_model_that_would_mix_documents_is_found_out(monkeypatch, family, options, reason):
+    monkeypatch.setitem(FAMILIES, family, options)
+    model = build(family)
+    before = model.config._attn_implementation
+    assert reason in packing_fault(model)
+    assert model.config._attn_implementation == before
+
+
+def test_a_model_goes_on_to_generate_as_before():
+    model = build("llama")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert packing_fault(model) is None
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), before)
+
+
+def test_experts_are_balanced_by_the_models_own_loss():
+    model = build("mixtral")
+    ids = examples()[0]["input_ids"]
+    with torch.no_grad():
+        aux = model(input_ids=torch.tensor([ids]), output_router_logits=True, use_cache=False).aux_loss
+    assert packing_fault(model) is None
+    batch = flat_batch(examples()[:1])
+    plain, _ = Policy(model).cross_entropy(batch)
+    balanced, _ = Policy(model, router_aux_loss_coef=0.1).cross_entropy(batch)
+    torch.testing.assert_close(balanced - plain, 0.1 * len(batch.target_S) * aux, atol=1e-4, rtol=1e-4)
+    assert balanced.requires_grad
+
+
+def test_a_decoder_whose_head_cannot_be_told_apart_gives_the_loss_too():
+    model = build("opt")
+    assert not Policy(model).has_own_head
+    wanted, _ = one_by_one(model)
+    found, _ = Policy(model).cross_entropy(padded_batch(examples(), pad_token_id=0))
+    torch.testing.assert_close(found, wanted, atol=0, rtol=1e-5)
