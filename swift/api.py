@@ -64,27 +64,27 @@ def load_dataset(*datasets: str, **options: Any) -> Any:
 
 
 def get_model(model: str, **options: Any) -> Any:
-    """(model, tokenizer) of a reference; with any LoRA option, the model carries a new adapter to be trained.
+    """(model, tokenizer) of a reference; with any option of a tuner, the model carries a new adapter to be trained.
 
     ``get_model("qwen/Qwen-7B", quantization_method="bitsandbytes", quantization_bit=4, lora_rank=8)``
-    lora_alpha is twice the rank unless given. Raises DependencyError if bitsandbytes is needed and not installed.
+    lora_alpha is twice lora_rank unless given. Raises DependencyError if bitsandbytes is needed and not installed.
     """
     from swift import hub
-    from swift.config.tuner import LORA_OPTIONS
+    from swift.config.tuner import OPTIONS_OF
     from swift.model.checkpoints import adapter_folder, model_reference
     from swift.train.build import load_for_training
     from swift.tuner import TUNERS
-    from swift.tuner.lora import load_adapter_weights, with_adapter
+    from swift.tuner.adapter import load_adapter_weights, with_adapter
 
     config = build(ModelOptions, ("argument", {"model": model, **options}))
     snapshot = hub.resolve(
         model_reference(model), config.model_revision, use_hf=config.use_hf, token=config.hub_token, offline=config.offline
     )
-    has_adapter = any(name in config.sources for name in LORA_OPTIONS)
-    if has_adapter and "lora_alpha" not in config.sources:
+    has_adapter = any(name in config.sources for name in ("tuner_type", *OPTIONS_OF[config.tuner_type]))
+    if has_adapter and config.tuner_type == "lora" and "lora_alpha" not in config.sources:
         config.derive("lora_alpha", 2.0 * config.lora_rank, "twice the rank")
     loaded = load_for_training(config, snapshot.path)
-    tuned = TUNERS.get("lora")().apply(loaded.model, config) if has_adapter else loaded.model
+    tuned = TUNERS.get(config.tuner_type)().apply(loaded.model, config) if has_adapter else loaded.model
     if config.adapters and has_adapter:
         load_adapter_weights(tuned, adapter_folder(config.adapters[0]))
     elif config.adapters:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from swift.config.batching import BatchingConfig
 from swift.config.data import DataConfig, TemplateConfig
 from swift.config.generate import GenerateConfig
 from swift.config.model import ModelConfig, QuantConfig
@@ -12,7 +13,7 @@ from swift.errors import ConfigError
 
 
 @dataclass(kw_only=True)
-class SftConfig(RunConfig, PrecisionConfig, StepsConfig, TunerConfig, TemplateConfig, DataConfig, QuantConfig, ModelConfig):
+class SftConfig(RunConfig, PrecisionConfig, BatchingConfig, StepsConfig, TunerConfig, TemplateConfig, DataConfig, QuantConfig, ModelConfig):
     """Supervised fine-tuning."""
 
     def check(self) -> None:

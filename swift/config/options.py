@@ -21,6 +21,7 @@ def opt(
     help: str,
     *,
     choices: Sequence[str] | None = None,
+    refused: Mapping[str, str] | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
     positional: bool = False,
@@ -28,11 +29,13 @@ def opt(
 ) -> Any:
     """A field of a config: ``help`` says what it does and its unit, ``minimum``/``maximum`` are inclusive.
 
+    ``refused`` are values that users know from elsewhere, each with the reason why it is none of ``choices``.
     ``saved`` is False for options that say how to run rather than what to do; a run does not save them.
     """
     metadata = {
         "help": help,
         "choices": choices,
+        "refused": refused or {},
         "minimum": minimum,
         "maximum": maximum,
         "positional": positional,
@@ -183,6 +186,8 @@ def convert(field: dataclasses.Field[Any], raw: Any) -> Any:
             raw = raw.lower()
     if isinstance(raw, int | float) and not isinstance(raw, bool) and str in _parts(kind) and not {int, float} & set(_parts(kind)):
         raw = str(raw)
+    if isinstance(raw, bool) and str in _parts(kind) and bool not in _parts(kind):
+        raw = str(raw).lower()  # YAML reads true as a truth value where an option takes the word
     if isinstance(raw, os.PathLike):
         raw = os.fspath(raw)
     try:
@@ -208,6 +213,9 @@ def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
         return
     if choices is not None:
         for item in value if isinstance(value, list) else [value]:
+            if item in field.metadata["refused"]:
+                reason = field.metadata["refused"][item]
+                raise ConfigError(f"--{field.name} {item} is not available: {reason}", hint=f"choose from: {', '.join(choices)}")
             if item not in choices:
                 match = near(str(item), choices)
                 hint = f"did you mean {match!r}?" if match else f"choose from: {', '.join(choices)}"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from swift.config.optim import OPTIMIZERS, REFUSED_OPTIMIZERS, reads_betas, reads_epsilon
 from swift.config.options import Config, opt
 from swift.errors import ConfigError
 
@@ -31,16 +32,25 @@ class StepsConfig(Config):
     lr_scheduler_kwargs: dict[str, float] | None = opt(None, 'JSON object of settings of the schedule: {"num_cycles": 2}')
     warmup_ratio: float = opt(0.0, "share of the steps in which the learning rate rises", minimum=0, maximum=1)
     warmup_steps: float = opt(0, "steps in which the learning rate rises; below 1 it is a share; overrides warmup_ratio", minimum=0)
-    optim: str = opt("adamw_torch_fused", "optimizer", choices=("adamw_torch", "adamw_torch_fused", "sgd", "adafactor"))
+    optim: str = opt("adamw_torch_fused", f"optimizer: {', '.join(OPTIMIZERS)}", choices=OPTIMIZERS, refused=REFUSED_OPTIMIZERS)
+    optimizer: str | None = opt(None, "the same as --optim, as ms-swift has it: muon, galore", choices=("muon", "galore"))
+    use_galore: bool = opt(False, "the same as --optim galore_adamw: AdamW with moments of low rank (GaLore)")
+    galore_rank: int = opt(128, "GaLore: rank of the moments", minimum=1)
+    galore_update_proj_gap: int = opt(50, "GaLore: steps between two projections", minimum=1)
+    galore_scale: float = opt(1.0, "GaLore: the update of projected weights is scaled by it", minimum=0)
+    galore_proj_type: str = opt(
+        "std", "GaLore: which side of the gradient is projected", choices=("std", "reverse_std", "right", "left", "full")
+    )
+    galore_target_modules: list[str] = opt([], "GaLore: parts of names of projected linear layers; by default all but the head")
+    galore_with_embedding: bool = opt(False, "GaLore: project embeddings and head too")
     weight_decay: float = opt(0.1, "decoupled weight decay; not applied to biases and norms", minimum=0)
     adam_beta1: float = opt(0.9, "decay of AdamW's first moment", minimum=0, maximum=1)
     adam_beta2: float = opt(0.95, "decay of AdamW's second moment", minimum=0, maximum=1)
     adam_epsilon: float = opt(1e-8, "added to AdamW's denominator", minimum=0)
     max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm; 0 does not clip", minimum=0)
+    router_aux_loss_coef: float = opt(0.0, "mixture of experts: weight of the loss that balances the experts", minimum=0)
     neftune_noise_alpha: float | None = opt(None, "NEFTune: scale of the noise on the embeddings while training", minimum=0)
     train_dataloader_shuffle: bool = opt(True, "shuffle the rows anew in each epoch")
-    group_by_length: bool = opt(False, "put rows of similar length into one step")
-    dataloader_num_workers: int = opt(1, "batches that a background thread prepares ahead; 0 prepares them in line", minimum=0)
     average_tokens_across_devices: bool = opt(True, "divide the loss by the tokens of all devices; false is refused")
 
     def check(self) -> None:
@@ -51,16 +61,33 @@ class StepsConfig(Config):
             raise ConfigError("--num_train_epochs has no effect when --max_steps is given", hint="remove one of them")
         if self.warmup_steps and self.given("warmup_ratio"):
             raise ConfigError("--warmup_ratio has no effect when --warmup_steps is given", hint="remove one of them")
-        if self.optim in ("sgd", "adafactor"):
-            self.refuse_without_effect(("adam_beta1", "adam_beta2", "adam_epsilon"), f"with --optim {self.optim}")
-        if not self.train_dataloader_shuffle and self.group_by_length:
-            raise ConfigError(
-                "--group_by_length reorders rows, --train_dataloader_shuffle false keeps their order", hint="remove one of them"
-            )
+        self._check_optimizer()
         if not self.average_tokens_across_devices:
             raise ConfigError(
                 "--average_tokens_across_devices false is not available: the loss is always that of the whole step", hint="remove it"
             )
+
+    def _check_optimizer(self) -> None:
+        chosen = (f"--optim {self.optim}", self.optim) if self.said("optim") else None
+        for name, value, is_on in (
+            ("--optimizer muon", "muon", self.optimizer == "muon"),
+            ("--optimizer galore", "galore_adamw", self.optimizer == "galore"),
+            ("--use_galore", "galore_adamw", self.use_galore),
+        ):
+            if is_on and chosen is not None and chosen[1] != value:
+                raise ConfigError(f"{name} and {chosen[0]} contradict each other", hint="keep one")
+            if is_on:
+                chosen = (name, value)
+                self.derive("optim", value, name)
+        if not reads_betas(self.optim):
+            self.refuse_without_effect(("adam_beta1", "adam_beta2"), f"with --optim {self.optim}")
+        if not reads_epsilon(self.optim):
+            self.refuse_without_effect(("adam_epsilon",), f"with --optim {self.optim}")
+        if self.optim != "galore_adamw":
+            names = [name for name in self.__dataclass_fields__ if name.startswith("galore_")]
+            self.refuse_without_effect(names, "without --use_galore true")
+        elif getattr(self, "tuner_type", "full") != "full":
+            raise ConfigError("GaLore is for --tuner_type full: an adapter's weights are of low rank already", hint="say --tuner_type full")
 
 
 @dataclass(kw_only=True)
@@ -72,6 +99,7 @@ class PrecisionConfig(Config):
     gradient_checkpointing: bool | None = opt(None, "recompute activations: less memory, a third slower; by default true except on a CPU")
     gradient_checkpointing_kwargs: dict[str, bool] | None = opt(None, 'JSON object: {"use_reentrant": false}')
     use_cpu: bool = opt(False, "the same as --device cpu")
+    use_liger_kernel: bool = opt(False, "compute norms, rotary embeddings and feed-forward layers by Liger's kernels; needs a GPU")
     full_determinism: bool = opt(False, "choose deterministic kernels everywhere, or fail")
 
     def check(self) -> None:

@@ -13,7 +13,7 @@ from swift.model.checkpoints import adapter_folder, model_reference
 from swift.model.device import DTYPES
 from swift.model.load import Loaded, Quantization, load_model
 from swift.model.template import read_template
-from swift.tuner.lora import ADAPTER_CONFIG, with_adapter
+from swift.tuner.adapter import ADAPTER_CONFIG, with_adapter
 
 
 def base_reference(config: ModelConfig) -> str:

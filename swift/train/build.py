@@ -8,8 +8,12 @@ import torch
 from swift import console
 from swift.config.commands import ModelOptions, SftConfig
 from swift.engine.load import quantization
+from swift.errors import ConfigError
+from swift.model.device import choose_device
 from swift.model.load import Loaded, load_model
+from swift.model.policy import packing_fault
 from swift.model.template import read_template
+from swift.train.liger import check_device, use_liger_kernels
 
 
 def load_for_training(config: SftConfig | ModelOptions, path: Path) -> Loaded:
@@ -17,10 +21,12 @@ def load_for_training(config: SftConfig | ModelOptions, path: Path) -> Loaded:
 
     Weights that are trained themselves are float32 when the step computes in float16: their updates are too small for it.
     """
+    if config.use_liger_kernel:
+        check_device(choose_device(config.device))
     if config.full_determinism:
         torch.use_deterministic_algorithms(True)
     torch_dtype = config.torch_dtype
-    if config.tuner_type == "full" and (config.fp16 or (torch_dtype == "float16" and config.fp16 is None)):
+    if not config.trains_adapter and (config.fp16 or (torch_dtype == "float16" and config.fp16 is None)):
         if torch_dtype == "float16":
             console.notice("full tuning in float16 keeps the weights in float32 and computes in float16")
             config.derive("fp16", True, "torch_dtype float16")
@@ -34,10 +40,13 @@ def load_for_training(config: SftConfig | ModelOptions, path: Path) -> Loaded:
         chat_template=read_template(config.chat_template),
     )
     model = loaded.model
+    if config.use_liger_kernel:
+        use_liger_kernels(model)
     if config.quant_method is not None:
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        keep_gradients(model)
     if config.gradient_checkpointing is None:
         is_on = loaded.device.type != "cpu"
         config.derive("gradient_checkpointing", is_on, "off on a CPU, where memory is cheap" if not is_on else "saves memory")
@@ -46,6 +55,34 @@ def load_for_training(config: SftConfig | ModelOptions, path: Path) -> Loaded:
     if config.neftune_noise_alpha:
         add_noise(model, config.neftune_noise_alpha)
     return loaded
+
+
+def choose_flat(config: SftConfig, model: Any) -> bool:
+    """Whether rows are computed without padding, each document by itself: wherever ``model`` passes the trial.
+
+    Raises ConfigError if --packing or --padding_free true is asked of a model that does not.
+    """
+    if config.padding_free is False:
+        return False
+    fault = packing_fault(model)
+    if fault is None:
+        return True
+    for name in ("packing", "padding_free"):
+        if getattr(config, name):
+            raise ConfigError(f"--{name} cannot be used with this model: {fault}", hint=f"leave --{name} away; rows are then padded")
+    console.notice(f"rows are padded to one length: without padding this model would compute something else ({fault})")
+    return False
+
+
+def keep_gradients(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes 0.50 from packing 4-bit weights in place at the first evaluation.
+
+    It does on a CPU with AVX512-BF16, and no gradient goes through packed weights, nor does anything that reads them find
+    what it expects.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def checkpoint_activations(model: Any, kwargs: dict[str, bool]) -> None:

@@ -12,17 +12,18 @@ import torch
 from swift import audit, console, hub
 from swift.config.commands import SftConfig
 from swift.config.options import to_dict
-from swift.data.collate import collate
+from swift.data.collate import flat_batch, padded_batch
 from swift.errors import Interrupted, TrainingError
 from swift.files import write_json
+from swift.model.batch import Batch
 from swift.model.checkpoints import adapter_folder, model_reference
 from swift.model.load import Loaded, pad_token_id
+from swift.model.policy import Policy, probe_ids
 from swift.objectives import OBJECTIVES
-from swift.objectives.base import Batch
 from swift.parallel import STRATEGIES
 from swift.train import checkpoint as checkpoints
 from swift.train import report
-from swift.train.build import autocast_dtype, load_for_training
+from swift.train.build import autocast_dtype, choose_flat, load_for_training
 from swift.train.loop import StepResult, StopRequest, add_to_window, ahead, close_window, evaluate, seed_step, train_step
 from swift.train.memory import peak_memory_gib
 from swift.train.optim import make_optimizer, make_schedule
@@ -32,18 +33,18 @@ from swift.train.prepare import (
     fill_open_options,
     objective_of,
     plan_rows,
-    plan_steps,
     prepare_data,
     refuse_several_processes,
 )
 from swift.train.record import describe, say_farewell, what_to_resume
 from swift.train.rundir import RunDirectory, new_run_path
 from swift.train.state import TrainResult, TrainState
-from swift.train.steps import Steps
+from swift.train.steps import Steps, cut_by_tokens, forward_tokens, plan_steps
 from swift.train.trackers import Trackers
 from swift.tuner import TUNERS
+from swift.tuner.adapter import load_adapter_weights
 from swift.tuner.base import parameter_counts
-from swift.tuner.lora import load_adapter_weights
+from swift.tuner.fused import Fused, fuse
 
 
 def train(config: SftConfig) -> TrainResult | None:
@@ -56,7 +57,7 @@ def train(config: SftConfig) -> TrainResult | None:
     fill_open_options(config, snapshot)
     data = prepare_data(config, snapshot)
     fill_open_options(config, snapshot, data)
-    steps = plan_steps(config, data)
+    steps = plan_steps(config, data.train)
     advise(config, data)
     plan = plan_rows(config, snapshot, data, steps)
     console.table(("what", "plan"), plan)
@@ -82,17 +83,22 @@ class Session:
         self.tuner = TUNERS.get(config.tuner_type)()
         self.before: list[str] | None = None
         self.is_new_best = False
-        if config.report_samples and (config.tuner_type == "full" or config.lora_bias != "none"):
+        if config.report_samples and config.changes_base:
             self.before = report.answers(loaded.model, self.tokenizer, data, config)
+        self.is_flat = choose_flat(config, loaded.model)
         torch.manual_seed(config.seed)
-        model = self.tuner.apply(loaded.model, config)
+        model = self.tuner.apply(loaded.model, config, total_steps=steps.total)
         if config.adapters:
             load_adapter_weights(model, adapter_folder(config.adapters[0]))
         self.strategy = STRATEGIES.get("single")(self.device, autocast_dtype=autocast_dtype(config, loaded.dtype))
         optimizer = functools.partial(make_optimizer, config=config, lorap_lr_ratio=config.lorap_lr_ratio)
         self.model, self.optimizer = self.strategy.prepare(model, optimizer)
+        self.policy = Policy(self.model, router_aux_loss_coef=config.router_aux_loss_coef)
         self.schedule = make_schedule(self.optimizer, config, steps.total)
         self.state = TrainState(max_steps=steps.total)
+        self.tuner.attach(self.model, self.optimizer, lambda: self.state.global_step)
+        self.fused = fuse(self.model, probe_ids(loaded.model, 8)) if config.tuner_type == "lora" else Fused()
+        self.optimizer.register_step_post_hook(lambda *_: self.fused.changed())
         trainable, total = parameter_counts(self.model)
         console.say(
             f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}) in {_name(loaded.dtype)} "
@@ -138,7 +144,7 @@ class Session:
         seed_step(config.seed, state.global_step)
         try:
             result = train_step(
-                self.model,
+                self.policy,
                 batches,
                 objective=self.objective,
                 strategy=self.strategy,
@@ -176,10 +182,8 @@ class Session:
     def _evaluate(self) -> None:
         """Loss over the validation rows; remembers the best step."""
         assert self.data.validation is not None
-        size = self.config.per_device_eval_batch_size
-        rows = list(range(len(self.data.validation)))
-        parts = (self._collate(self.data.validation, rows[at : at + size]) for at in range(0, len(rows), size))
-        values = evaluate(self.model, parts, objective=self.objective, strategy=self.strategy, device=self.device)
+        parts = (self._collate(self.data.validation, rows) for rows in self._evaluation_rows(self.data.validation))
+        values = evaluate(self.policy, parts, objective=self.objective, strategy=self.strategy, device=self.device)
         self.state.log_history.append(self.trackers.log(self.state.global_step, self.state.epoch, values))
         if self.state.global_step == 0:
             return  # what came before training is no result of it
@@ -237,12 +241,24 @@ class Session:
     def _batches(self, start: int) -> Iterator[list[Batch]]:
         first = 0 if self.config.ignore_data_skip else start
         total = self.steps.total - start
-        rows = self.steps.iterate(first)
+        rows = self.steps.iterate(first, is_flat=self.is_flat)
         made = ([self._collate(self.data.train, part) for part in next(rows)] for _ in range(total))
         return ahead(made, self.config.dataloader_num_workers)
 
     def _collate(self, encoded: Any, rows: list[int]) -> Batch:
-        return collate([encoded[row] for row in rows], pad_token_id=pad_token_id(self.tokenizer), padding_side=self.config.padding_side)
+        examples = [encoded[row] for row in rows]
+        if self.is_flat:
+            return flat_batch(examples, share=self.config.share_prefixes)
+        return padded_batch(examples, pad_token_id=pad_token_id(self.tokenizer), padding_side=self.config.padding_side)
+
+    def _evaluation_rows(self, validation: Any) -> list[list[int]]:
+        """All validation rows, in forward passes."""
+        size, rows = self.config.per_device_eval_batch_size, list(range(len(validation)))
+        if not self.is_flat:
+            return [rows[at : at + size] for at in range(0, len(rows), size)]
+        lengths = validation.lengths
+        capacity = self.config.max_tokens_per_batch or forward_tokens(size, int(lengths.max()), is_cpu=self.device.type == "cpu")
+        return cut_by_tokens(rows, lengths, capacity)
 
     def _take_best(self, saved: Path | None) -> Path | None:
         """With --load_best_model_at_end: the best checkpoint's weights are put back, and it is the result."""
@@ -282,11 +298,7 @@ class Session:
         """The error with the place of a file that holds the step's rows."""
         at = self.state.global_step + 1
         path = self.run / f"bad-step-{at}.json"
-        rows = [
-            {"input_ids": ids, "labels": labels, "text": self.tokenizer.decode(ids)}
-            for batch in batches
-            for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
-        ]
+        rows = [{"input_ids": ids, "text": self.tokenizer.decode(ids)} for batch in batches for ids in batch.input_ids.tolist()]
         write_json(path, {"step": at, "problem": problem.message, "rows": rows})
         return TrainingError(
             f"step {at}: {problem.message}; its rows are in {path}",

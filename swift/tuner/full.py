@@ -1,18 +1,24 @@
 """Full fine-tuning: the model's own weights, all or some of them."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.optim import Optimizer
+
 from swift.config.tuner import TunerConfig
 from swift.errors import CheckpointError, ConfigError
+from swift.tuner.adapter import read_tensors
+from swift.tuner.lisa import train_layers_in_turn
 
 
 class FullTuner:
-    """Trains every parameter that no freeze option holds back."""
+    """Trains every parameter that no freeze option holds back; with LISA, a few layers at a time."""
 
-    def apply(self, model: Any, config: TunerConfig) -> Any:
+    def apply(self, model: Any, config: TunerConfig, *, total_steps: int | None = None) -> Any:
         """``model`` itself with requires_grad set; ConfigError if nothing is left to train."""
+        self.config = config
         frozen = _frozen_by_ratio(model, config.freeze_parameters_ratio)
         for name, parameter in model.named_parameters():
             freeze = name in frozen or _matches(name, config.freeze_parameters, config.freeze_parameters_regex)
@@ -27,21 +33,23 @@ class FullTuner:
         model.save_pretrained(path, safe_serialization=True, max_shard_size=max_shard_size)
 
     def load(self, model: Any, path: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         state: dict[str, Any] = {}
+        for file in sorted(path.glob("*.safetensors")):
+            state.update(read_tensors(file))
         try:
-            for file in sorted(path.glob("*.safetensors")):
-                state.update(load_file(file))
-        except (OSError, SafetensorError) as problem:
-            raise CheckpointError(f"{path}: the weights cannot be read: {problem}") from None
-        outcome = model.load_state_dict(state, strict=False)
+            outcome = model.load_state_dict(state, strict=False)
+        except RuntimeError as problem:
+            first = str(problem).splitlines()[1].strip()
+            raise CheckpointError(f"{path}: the weights do not fit this model: {first}") from None
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         missing = [name for name in outcome.missing_keys if name not in tied]
         if missing or outcome.unexpected_keys:
             raise CheckpointError(f"{path}: the weights do not fit this model, see {(missing + list(outcome.unexpected_keys))[0]}")
         model.tie_weights()
+
+    def attach(self, model: Any, optimizer: Optimizer, step: Callable[[], int]) -> None:
+        if self.config.lisa_activated_layers:
+            train_layers_in_turn(model, optimizer, self.config, step)
 
 
 def _matches(name: str, prefixes: list[str], pattern: str | None) -> bool:

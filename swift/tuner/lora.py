@@ -1,96 +1,98 @@
 """LoRA, through PEFT: a trained low-rank update B A of frozen linear layers."""
 
-import warnings
+import copy
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from swift.config.tuner import TunerConfig
-from swift.errors import CheckpointError, ConfigError
-from swift.model.device import DTYPES
+from swift.errors import ConfigError
+from swift.tuner.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    TUNER_STATE,
+    is_adapter,
+    load_adapter_weights,
+    put_adapter_weights,
+    read_tensors,
+    save_adapter,
+    with_adapter,
+)
+from swift.tuner.loftq import start_from_lost_bits
+from swift.tuner.peft_tuners import PeftTuner
 
-ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_FILE", "LoraTuner", "is_adapter", "load_adapter_weights", "with_adapter"]
 
 
-class LoraTuner:
-    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685), with rsLoRA, LoRA+ and DoRA."""
+class LoraTuner(PeftTuner):
+    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685), with rsLoRA, LoRA+, DoRA, and PiSSA, OLoRA and LoftQ as its start.
 
-    def apply(self, model: Any, config: TunerConfig) -> Any:
-        """Wrap ``model`` in a PeftModel whose adapter is trained; the adapter is float32 unless lora_dtype says else."""
-        from peft import LoraConfig, get_peft_model
+    PiSSA (Meng et al. 2024, arXiv:2404.02948) and OLoRA (Buyukakyuz 2024, arXiv:2406.01775) take the first update B0 A0 out of
+    the frozen weights. What is saved is an adapter of the weights as they were: B A - B0 A0, of twice the rank. Training goes on
+    from the B and A that are saved beside it.
+    """
 
-        targets: Any = config.target_regex or config.target_modules
-        if targets == ["all-linear"]:
-            targets = "all-linear"
-        init: Any = {"true": True, "false": False}.get(config.init_weights, config.init_weights)
-        settings = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha if config.lora_alpha % 1 else int(config.lora_alpha),  # type: ignore[arg-type]
-            lora_dropout=config.lora_dropout,
-            bias=config.lora_bias,  # type: ignore[arg-type]
-            target_modules=targets,
-            modules_to_save=config.modules_to_save or None,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            init_lora_weights=init,
-        )
-        try:
-            tuned = get_peft_model(model, settings)
-        except ValueError as problem:
-            raise ConfigError(f"LoRA cannot be put on this model: {str(problem).splitlines()[0]}", hint=_targets_hint(model)) from None
-        if config.lora_dtype is not None:
-            for parameter in tuned.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.to(DTYPES[config.lora_dtype])
+    def __init__(self) -> None:
+        self.start: dict[str, Tensor] = {}  # B0 and A0, if they were taken out of the weights
+
+    def apply(self, model: Any, config: TunerConfig, *, total_steps: int | None = None) -> Any:
+        tuned = super().apply(model, config, total_steps=total_steps)
+        if config.init_weights == "loftq":
+            start_from_lost_bits(tuned)
+        if config.takes_from_base:
+            self.start = {name: tensor.detach().clone() for name, tensor in tuned.state_dict().items() if _is_factor(name)}
+            if any("lora_embedding" in name for name, _ in tuned.named_parameters()):
+                raise ConfigError(
+                    f"--init_weights {config.init_weights} is for linear layers", hint="leave embeddings to --modules_to_save"
+                )
         return tuned
 
+    def more_fields(self, config: TunerConfig, total_steps: int | None) -> dict[str, Any]:
+        start: Any = {"true": True, "false": False, "loftq": True}.get(config.init_weights, config.init_weights)
+        return {"init_lora_weights": start}
+
     def save(self, model: Any, path: Path, *, max_shard_size: str) -> None:
-        """adapter_model.safetensors and adapter_config.json, as PEFT writes them."""
-        with warnings.catch_warnings():
-            # PEFT asks a hub for the base model's config to see whether the vocabulary was resized; offline it warns.
-            warnings.filterwarnings("ignore", message=".*Could not find a config file.*")
-            model.save_pretrained(path, safe_serialization=True, save_embedding_layers=False)
+        if not self.start:
+            save_adapter(model, path)
+            return
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        trained = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+        settings = model.peft_config["default"]
+        model.peft_config["default"] = _of_twice_the_rank(settings)
+        try:
+            state = {name: self._less_start(name, tensor) for name, tensor in model.state_dict().items()}
+            save_adapter(model, path, state_dict=state)
+        finally:
+            model.peft_config["default"] = settings
+        save_file(trained, path / TUNER_STATE)
 
     def load(self, model: Any, path: Path) -> None:
-        load_adapter_weights(model, path)
+        if self.start and (path / TUNER_STATE).is_file():
+            put_adapter_weights(model, read_tensors(path / TUNER_STATE), path)
+        else:
+            load_adapter_weights(model, path)
+
+    def _less_start(self, name: str, tensor: Tensor) -> Tensor:
+        """[B, -B0] or [A; A0], whose product is B A - B0 A0; other tensors as they are."""
+        if name not in self.start:
+            return tensor
+        start = self.start[name].to(tensor)
+        return torch.cat((tensor, -start), dim=1) if ".lora_B." in name else torch.cat((tensor, start), dim=0)
 
 
-def load_adapter_weights(model: Any, path: Path) -> None:
-    """Put the adapter saved in ``path`` into ``model``; CheckpointError if names or shapes differ."""
-    from peft import set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(path / ADAPTER_FILE)
-    except (OSError, SafetensorError) as problem:
-        raise CheckpointError(f"{path / ADAPTER_FILE} cannot be read: {problem}") from None
-    try:
-        outcome: Any = set_peft_model_state_dict(model, state)
-    except RuntimeError as problem:
-        raise CheckpointError(f"{path}: the adapter does not fit this model: {str(problem).splitlines()[-1].strip()}") from None
-    if outcome.unexpected_keys:
-        raise CheckpointError(f"{path}: the adapter has weights for {outcome.unexpected_keys[0]}, which this model lacks")
+def _is_factor(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
 
 
-def with_adapter(model: Any, path: Path) -> Any:
-    """``model`` with the adapter in ``path``, for inference; CheckpointError if it does not fit."""
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    try:
-        return PeftModel.from_pretrained(model, str(path), is_trainable=False).eval()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as problem:
-        raise CheckpointError(f"{path}: the adapter cannot be loaded: {str(problem).splitlines()[0]}") from problem
-
-
-def is_adapter(path: Path) -> bool:
-    return (path / ADAPTER_CONFIG).is_file()
-
-
-def _targets_hint(model: Any) -> str:
-    linear = (name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    return "it has these linear layers: " + ", ".join(dict.fromkeys(linear))
+def _of_twice_the_rank(settings: Any) -> Any:
+    """PEFT's config for the same scale of the update at twice the rank, and a start that changes no weights."""
+    doubled = copy.copy(settings)
+    doubled.r = 2 * settings.r
+    doubled.lora_alpha = settings.lora_alpha * (math.sqrt(2) if settings.use_rslora else 2)
+    doubled.init_lora_weights = True
+    return doubled

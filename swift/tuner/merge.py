@@ -1,6 +1,5 @@
 """swift merge-lora: put an adapter into the weights of its model, and prove that nothing else changed."""
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -16,7 +15,7 @@ from swift.model.checkpoints import adapter_folder, model_reference
 from swift.model.device import DTYPES
 from swift.model.load import checkpoint_dtype, load_model
 from swift.model.template import read_template
-from swift.tuner.lora import ADAPTER_CONFIG, with_adapter
+from swift.tuner.adapter import adapter_settings, with_adapter
 
 PROBES = (
     "Heavy snow is expected in the northern districts until 08:00. Clear the pavements and keep the roads free.",
@@ -34,6 +33,7 @@ def run_merge(config: MergeConfig) -> Path:
     if not config.adapters:
         raise ConfigError("no adapter is given", hint="say --adapters RUN")
     folder = adapter_folder(config.adapters[0])
+    refuse_start_from_lost_bits(folder)
     reference = model_reference(config.model) if config.model else base_of(folder)
     target = Path(config.output_dir) if config.output_dir else folder.with_name(f"{folder.name}-merged")
     if target.exists() and not config.exist_ok:
@@ -41,6 +41,9 @@ def run_merge(config: MergeConfig) -> Path:
     snapshot = hub.resolve(reference, config.model_revision, use_hf=config.use_hf, token=config.hub_token, offline=config.offline)
     loaded = load_model(snapshot.path, torch_dtype="float32", device=config.device, chat_template=read_template(config.chat_template))
     tuned = with_adapter(loaded.model, folder)
+    if not hasattr(tuned, "merge_and_unload"):
+        kind = adapter_settings(folder).get("peft_type")
+        raise ConfigError(f"{folder}: an adapter of the kind {kind} changes no weights to merge into", hint="use it by --adapters")
     ids = [loaded.tokenizer(text, add_special_tokens=False).input_ids for text in PROBES]
     wanted = logprobs(tuned, ids)
     try:
@@ -84,10 +87,22 @@ def base_of(folder: Path) -> str:
     args = find_args(folder)
     if args is not None and (model := read_args(args).get("model")):
         return str(model)
-    base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = adapter_settings(folder).get("base_model_name_or_path")
     if not base:
         raise ConfigError(f"the adapter {folder} does not say which model it is for", hint="say --model too")
     return str(base)
+
+
+def refuse_start_from_lost_bits(folder: Path) -> None:
+    """ConfigError for an adapter that makes up for the loss of 4-bit weights: whole ones would get it on top."""
+    from swift.config.saved import find_args, read_args
+
+    args = find_args(folder)
+    if args is not None and read_args(args).get("init_weights") == "loftq":
+        raise ConfigError(
+            f"{folder} started with --init_weights loftq: it belongs to 4-bit weights and cannot be merged into whole ones",
+            hint="use it with --quant_method bnb --quant_bits 4, as it was trained",
+        )
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def test_an_unknown_option_has_no_refusal():
 
 
 def test_dashes_equal_underscores():
-    assert compat.refusal("use-liger-kernel") == compat.refusal("use_liger_kernel") is not None
+    assert compat.refusal("liger-kernel-config") == compat.refusal("liger_kernel_config") is not None
     assert compat.modern("train-type", "full")[:2] == ("tuner_type", "full")
 
 
