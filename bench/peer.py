@@ -1,17 +1,14 @@
-"""The tools that the benchmarks compare, how each is told to do the same job, and how one run of it is measured.
-
-Nothing of a tool is imported here: each runs as its users run it, as a command in a process of its own.
-"""
+"""How one run of a tool is measured: a command in a process of its own, watched from outside."""
 
 import json
 import multiprocessing
 import os
 import platform
+import re
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,70 +18,7 @@ T = TypeVar("T")
 
 BENCH = Path(__file__).resolve().parent
 PEERS = Path(os.environ.get("SWIFT_PEERS", BENCH / "peers"))
-PACKAGES = ("ms-swift", "swift-llm", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
-
-# The same training for every peer: LoRA on all linear layers, float32, rows in file order, padded or packed as the
-# tool does by default, one logged loss a step, nothing saved but the log.
-SAME_TRAINING = (
-    "--tuner_type lora --lora_rank 8 --lora_alpha 16 --lora_dropout 0 --target_modules all-linear"
-    " --torch_dtype float32 --attn_impl sdpa --gradient_checkpointing false"
-    " --max_length 512 --truncation_strategy right --dataset_shuffle false --train_dataloader_shuffle false"
-    " --per_device_train_batch_size 4 --gradient_accumulation_steps 4"
-    " --learning_rate 1e-4 --lr_scheduler_type cosine --weight_decay 0 --adam_beta2 0.999 --max_grad_norm 1.0"
-    " --seed 42 --logging_steps 1 --save_strategy no --eval_strategy no --report_to none --add_version false"
-).split()
-ROWS_PER_STEP = 16
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A tool: its name in the results, its interpreter, and the further options it needs for SAME_TRAINING.
-
-    ``options`` are what its defaults do not do on a CPU, or cannot find out for themselves.
-    """
-
-    name: str
-    python: Path
-    options: tuple[str, ...] = ()
-
-    @property
-    def command(self) -> Path:
-        """The console script beside the interpreter; exits with a hint if the tool is not installed."""
-        script = self.python.parent / "swift"
-        if not script.exists():
-            how = "pip install -e ." if self.name == "swift" else "bench/peers.sh swift"
-            sys.exit(f"{self.name}: {script} does not exist; make it with: {how}")
-        return script
-
-    def train_command(self, model: Path, dataset: Path, output: Path, steps: int) -> list[str]:
-        job = ["--model", str(model), "--dataset", str(dataset), "--output_dir", str(output), "--max_steps", str(steps)]
-        return [str(self.command), "sft", *job, *SAME_TRAINING, *self.options]
-
-    def versions(self) -> dict[str, str]:
-        """Python's and the relevant packages' versions in the peer's environment."""
-        code = (
-            "import json, platform, importlib.metadata as m\n"
-            "found = {d.metadata['Name'].replace('_', '-'): d.version for d in m.distributions()}\n"
-            f"kept = {{name: found[name] for name in {PACKAGES!r} if name in found}}\n"
-            "print(json.dumps({'python': platform.python_version(), **kept}))"
-        )
-        out = subprocess.run([self.python, "-c", code], check=True, capture_output=True, text=True, cwd=PEERS.anchor)
-        return dict(json.loads(out.stdout))
-
-
-PEER_BY_NAME = {
-    "swift": Peer("swift", Path(sys.executable)),
-    "ms-swift": Peer(
-        "ms-swift",
-        PEERS / "ms-swift" / "bin" / "python",
-        # It refuses a local model without a model type; float32 on a CPU would switch fp16 autocast on; and it would
-        # ask a hub for 20 s, offline, whether a local model is the latest.
-        tuple(
-            "--model_type llama --template chatml --use_cpu true --bf16 false --fp16 false --warmup_ratio 0"
-            " --check_model false --split_dataset_ratio 0 --dataset_num_proc 1 --dataloader_num_workers 0".split()
-        ),
-    ),
-}
+PACKAGES = ("ms-swift", "llamafactory", "swift-llm", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
 @dataclass(frozen=True)
@@ -152,18 +86,6 @@ def apart(function: Callable[..., T], *arguments: Any) -> T:
         return pool.submit(function, *arguments).result()
 
 
-def logged_losses(output: Path) -> list[float]:
-    """The loss of each step as the tool itself logged it in ``output``/logging.jsonl."""
-    lines = (output / "logging.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [row["loss"] for row in rows if "loss" in row]
-
-
-def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def machine() -> str:
     """One line on the machine, for the head of a result."""
     about = Path("/proc/cpuinfo").read_text().splitlines()
@@ -174,6 +96,29 @@ def machine() -> str:
 
 def scratch_directory() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="swift-bench-")
+
+
+def versions(python: Path) -> dict[str, str]:
+    """Python's and the relevant packages' versions in the environment of an interpreter."""
+    code = (
+        "import json, platform, importlib.metadata as m\n"
+        "found = {d.metadata['Name'].replace('_', '-'): d.version for d in m.distributions()}\n"
+        f"kept = {{name: found[name] for name in {PACKAGES!r} if name in found}}\n"
+        "print(json.dumps({'python': platform.python_version(), **kept}))"
+    )
+    out = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=PEERS.anchor)
+    return dict(json.loads(out.stdout))
+
+
+def reason(result: Run) -> str:
+    """Why a run failed, in one line: the last error that it printed, or else its last line."""
+    if result.exit_code == 0:
+        return "it ended without an optimizer step that the probe saw"
+    lines = [line.strip() for line in result.log.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"([\w.]*(Error|Exception)|error|swift): ", line)]
+    # What a launcher says of the command that it launched comes last and gives no reason.
+    own = [line for line in errors if "CalledProcessError" not in line] or errors
+    return f"exit code {result.exit_code}: {(own or lines or ['no output'])[-1]}"
 
 
 def failure(name: str, result: Run) -> str:

@@ -4,7 +4,7 @@
     python bench/startup.py --runs 9 --json  # one JSON line a peer and case
 
 Cases: `swift`, `swift --help`, `swift sft --help`, each a whole process from launch to exit, and `swift sft` on a
-tiny random Llama (2 layers, width 32) and 32 short rows, to the begin of its first optimizer step, as seen by the same
+tiny random Llama (2 layers, width 32) and 16 short rows, to the begin of its first optimizer step, as seen by the same
 probe in every peer (probe/sitecustomize.py). The arithmetic of that training takes about 0.03 s, so it is all start-up.
 Peers take turns (A B A B ...) after one run each that is not counted and warms the page cache.
 CPU seconds count all processes and threads of the command; for training, those of the whole run to its exit.
@@ -19,8 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peer import BENCH, PEER_BY_NAME, ROWS_PER_STEP, Run, apart, failure, machine, run, scratch_directory, write_jsonl
+from peer import BENCH, Run, apart, failure, machine, run, scratch_directory
+from recipes import PEER_BY_NAME, ROWS_PER_STEP, Job
+from rows import Row
 
+SWIFTS = ("swift", "ms-swift")  # the two tools whose command is `swift`
 HELP_CASES = {"swift": [], "swift --help": ["--help"], "swift sft --help": ["sft", "--help"]}
 TRAIN_CASE = "swift sft, to the first optimizer step"
 
@@ -36,30 +39,24 @@ def make_tiny_model(path: Path) -> Path:
     return make_model(path)
 
 
-def tiny_rows() -> list[dict[str, Any]]:
-    """Two steps' worth of rows of about twenty tokens."""
+def tiny_rows() -> list[Row]:
+    """One step's worth of rows of about twenty tokens."""
     return [
-        {
-            "messages": [
-                {"role": "user", "content": "What falls?"},
-                {"role": "assistant", "content": f"Snow, {depth} cm."},
-            ]
-        }
-        for depth in range(2 * ROWS_PER_STEP)
+        Row([{"role": "user", "content": "What falls?"}, {"role": "assistant", "content": f"Snow, {depth} cm."}])
+        for depth in range(ROWS_PER_STEP)
     ]
 
 
 def measure_help(name: str, arguments: Sequence[str], threads: int) -> tuple[float, Run]:
     with scratch_directory() as directory:
-        result = run([str(PEER_BY_NAME[name].command), *arguments], threads=threads, scratch=Path(directory))
+        result = run([*PEER_BY_NAME[name].command, *arguments], threads=threads, scratch=Path(directory))
     return result.wall_s, result
 
 
 def measure_training(name: str, model: Path, threads: int) -> tuple[float, Run]:
     with scratch_directory() as directory:
         scratch = Path(directory)
-        dataset = write_jsonl(scratch / "train.jsonl", tiny_rows())
-        command = PEER_BY_NAME[name].train_command(model, dataset, scratch / "output", 1)
+        command = PEER_BY_NAME[name].train_command(Job("lora", model, tiny_rows(), 512), scratch)
         result = run(command, threads=threads, scratch=scratch, probe=True)
     if result.exit_code != 0 or not result.probe.get("steps"):
         sys.exit(failure(name, result))
@@ -95,7 +92,7 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON line a peer and case instead of a table")
-    parser.add_argument("--peer", nargs="+", default=list(PEER_BY_NAME), choices=list(PEER_BY_NAME))
+    parser.add_argument("--peer", nargs="+", default=SWIFTS, choices=SWIFTS, help="default: both")
     parser.add_argument("--runs", type=int, default=5, help="counted runs of each peer and case (default 5)")
     parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS (default 1: the model is tiny)")
     return parser.parse_args()

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from swift.config.options import Config, opt
+from swift.errors import ConfigError
 
 LOSS_SCALES = ("default", "last_round", "all")
+STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")
 
 
 @dataclass(kw_only=True)
@@ -17,7 +19,20 @@ class DataConfig(Config):
     data_seed: int = opt(42, "seed of sampling, splitting and shuffling rows", minimum=0)
     dataset_shuffle: bool = opt(True, "shuffle the training rows once after reading")
     val_dataset_shuffle: bool = opt(False, "shuffle the validation rows once after reading")
-    dataset_num_proc: int = opt(1, "processes that tokenize; the result does not depend on it", minimum=1)
+    dataset_num_proc: int | None = opt(
+        None, "processes that read and tokenize; by default 1, and for large data as many as cores; no result depends on it", minimum=1
+    )
+    streaming: bool = opt(False, "read rows while training, and never all of them; needs --max_steps")
+    shuffle_buffer_size: int = opt(1000, "rows of a block when streaming: rows are shuffled inside a block", minimum=1)
+    streaming_val_size: int = opt(0, "when streaming: the first rows of the first data set that are held out for validation", minimum=0)
+    interleave_prob: list[float] | None = opt(
+        None, "mix the data sets of --dataset by chance: the probability of each; by default they follow each other before shuffling"
+    )
+    stopping_strategy: str = opt(
+        "first_exhausted",
+        "a mixture ends when the first data set is used up (no row twice), or the last one (all_exhausted: every row at least once)",
+        choices=STOPPING_STRATEGIES,
+    )
     load_from_cache_file: bool = opt(True, "take tokenized rows from the cache when data, tokenizer and options are the same")
     columns: dict[str, str] | None = opt(None, 'JSON object that renames columns before a row is read: {"mine": "query"}')
     strict: bool = opt(False, "the first row that is rejected ends the command")
@@ -31,6 +46,45 @@ class DataConfig(Config):
             self.refuse_without_effect(("split_dataset_ratio",), "when --val_dataset is given")
         if not self.val_dataset and self.split_dataset_ratio == 0:
             self.refuse_without_effect(("val_dataset_shuffle",), "without validation data")
+        if (max_steps := getattr(self, "max_steps", None)) is not None:
+            self._check_streaming(max_steps)
+            self._check_mixture()
+        else:
+            self.refuse_without_effect(("streaming", "interleave_prob"), "here: it is about how training takes its rows")
+
+    def _check_streaming(self, max_steps: int) -> None:
+        if not self.streaming:
+            self.refuse_without_effect(("shuffle_buffer_size", "streaming_val_size"), "without --streaming true")
+            return
+        if max_steps <= 0:
+            raise ConfigError(
+                "--streaming true needs --max_steps: the number of rows is not known before they are read", hint="say --max_steps 1000"
+            )
+        if self.split_dataset_ratio > 0:
+            raise ConfigError(
+                "--split_dataset_ratio needs all rows, which --streaming true does not read before training",
+                hint="hold out the first rows with --streaming_val_size, or give --val_dataset",
+            )
+        if self.val_dataset:
+            self.refuse_without_effect(("streaming_val_size",), "when --val_dataset is given")
+
+    def _check_mixture(self) -> None:
+        probabilities = self.interleave_prob
+        if probabilities is None:
+            self.refuse_without_effect(("stopping_strategy",), "without --interleave_prob")
+            return
+        if len(probabilities) != len(self.dataset):
+            raise ConfigError(
+                f"--interleave_prob has {len(probabilities)} values for {len(self.dataset)} data sets",
+                hint="give one for each value of --dataset, in their order",
+            )
+        if len(probabilities) < 2:
+            raise ConfigError("--interleave_prob has no effect on a single data set", hint="remove it")
+        if min(probabilities) <= 0 or abs(sum(probabilities) - 1) > 1e-6:
+            listed = " ".join(f"{value:g}" for value in probabilities)
+            raise ConfigError(
+                f"--interleave_prob {listed}: the values have to be more than 0 and sum to 1", hint="for instance 0.7 0.3 for two data sets"
+            )
 
 
 @dataclass(kw_only=True)

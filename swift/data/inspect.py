@@ -11,6 +11,7 @@ from swift import console
 from swift.data.encoded import Encoded
 from swift.data.records import Rejected, reasons
 from swift.data.render import IGNORED
+from swift.data.spool import Joined
 from swift.data.template import text_tokenizer
 from swift.errors import DataError
 
@@ -101,13 +102,16 @@ def _summary(encoded: Encoded, rejected: Sequence[Rejected]) -> None:
     stats = encoded.stats()
     lengths = np.asarray(encoded.lengths)
     middle, high = (int(np.percentile(lengths, share, method="higher")) for share in (50, 95))
-    everything = [*rejected, *encoded.rejected]
+    everything = Joined(rejected, encoded.rejected)
     rows = [
         ("examples", stats["examples"]),
         ("rows they come from", stats["rows"]),
         ("rejected rows", len(everything)),
+        ("of them longer than max_length", stats["too_long"]),
+        ("tokens of those", stats["tokens_too_long"]),
         ("rows cut to max_length", stats["truncated"]),
         ("tokens cut", stats["tokens_cut"]),
+        ("rows split in pieces", stats["split"]),
         ("tokens", stats["tokens"]),
         ("trained tokens", stats["trained_tokens"]),
         ("share that is trained", f"{stats['trained_tokens'] / stats['tokens']:.1%}"),

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,8 @@ from swift.model.batch import Batch
 from swift.objectives.base import Objective, Policy
 from swift.parallel.base import Strategy
 from swift.train.state import TrainState
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -87,7 +89,7 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(seed * 1_000_003 + step)
 
 
-def ahead(steps: Iterator[list[Batch]], depth: int) -> Iterator[list[Batch]]:
+def ahead(steps: Iterator[T], depth: int) -> Iterator[T]:
     """``steps``, prepared up to ``depth`` ahead by a thread; in line when ``depth`` is 0. Errors reach the reader."""
     if depth == 0:
         yield from steps

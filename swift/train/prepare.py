@@ -1,23 +1,31 @@
 """Before the model loads: data read, checked and tokenized, open options filled, and what will happen told."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from swift import console
 from swift.config.commands import PtConfig, SftConfig
-from swift.data.encode import encode
+from swift.data import pool
+from swift.data.encode import Options, encode_with
 from swift.data.encoded import Encoded
+from swift.data.feed import Feed, Mixture
+from swift.data.identity import Identity
 from swift.data.load import load_records
 from swift.data.records import Record, Rejected
+from swift.data.rows import Rules
+from swift.data.sources import parse_spec
+from swift.data.spool import Joined
+from swift.data.stream import Stream
 from swift.errors import ConfigError
 from swift.hub import Snapshot
 from swift.hub.cache import cache_root
 from swift.model.load import context_length, load_tokenizer
 from swift.model.template import read_system, read_template
 from swift.train.optim import warmup_steps
-from swift.train.steps import Steps, total_steps
+from swift.train.steps import Steps
 
 ROWS_PER_STEP = 16
 
@@ -27,50 +35,126 @@ class Data:
     """Everything that is known of the data before the model loads."""
 
     tokenizer: Any
-    train: Encoded
+    rows: Encoded | Stream
+    """The training rows: all of them, or (--streaming true) read as they are needed."""
     validation: Encoded | None
-    validation_records: list[Record]
-    rejected: list[Rejected]
+    validation_records: Sequence[Record]
+    rejected: Sequence[Rejected]
+    """Rejected rows that are known already; a stream has more to come."""
+
+    @property
+    def train(self) -> Encoded:
+        assert isinstance(self.rows, Encoded)
+        return self.rows
+
+    @property
+    def stream(self) -> Stream | None:
+        return self.rows if isinstance(self.rows, Stream) else None
 
 
 def prepare_data(config: SftConfig, snapshot: Snapshot) -> Data:
     """Rows as tokens. Raises DataError before any model is loaded."""
+    if config.streaming:
+        return _prepare_stream(config, snapshot)
     loaded = load_records(
         config.dataset,
-        want=objective_of(config),
-        columns=config.columns,
-        strict=config.strict,
-        max_rejected=config.max_rejected,
-        data_seed=config.data_seed,
-        shuffle=config.dataset_shuffle,
-        shuffle_validation=config.val_dataset_shuffle,
-        model_name=config.model_name,
-        model_author=config.model_author,
-        system=read_system(config.system),
         split_ratio=config.split_dataset_ratio,
-        val_datasets=config.val_dataset,
-        use_hf=config.use_hf,
-        hub_token=config.hub_token,
-        offline=config.offline,
+        interleave_prob=config.interleave_prob,
+        stopping_strategy=config.stopping_strategy,
+        shuffle=config.dataset_shuffle,
+        **_loading(config),
     )
-    tokenizer = load_tokenizer(snapshot.path, chat_template=read_template(config.chat_template))
+    if config.dataset_num_proc is None:
+        num_proc = max(loaded.num_proc, pool.usual() if len(loaded.train) >= pool.MANY_ROWS else 1)
+        config.derive("dataset_num_proc", num_proc, f"{len(loaded.train):,} rows")
+        if num_proc > 1:
+            console.notice(f"{len(loaded.train):,} rows: {num_proc} processes tokenize (--dataset_num_proc)")
+    tokenizer = _tokenizer(config, snapshot)
     train = _encode(config, loaded.train, tokenizer)
     validation = _encode(config, loaded.validation, tokenizer) if loaded.validation else None
-    rejected = [*loaded.rejected, *train.rejected, *(validation.rejected if validation else [])]
+    rejected = Joined(loaded.rejected, train.rejected, *([validation.rejected] if validation else []))
     return Data(tokenizer, train, validation, loaded.validation, rejected)
 
 
-def _encode(config: SftConfig, records: list[Record], tokenizer: Any) -> Encoded:
-    return encode(
-        records,
+def _prepare_stream(config: SftConfig, snapshot: Snapshot) -> Data:
+    """The training rows as a stream; the validation rows, which are few, read and tokenized."""
+    loading = _loading(config)
+    rules = Rules(
+        want=loading["want"],
+        columns=dict(config.columns or {}),
+        strict=config.strict,
+        system=loading["system"],
+        identity=Identity.of(config.model_name, config.model_author),
+    )
+    hub_options = {"use_hf": config.use_hf, "token": config.hub_token, "offline": config.offline}
+    feeds = [Feed(parse_spec(name), rules, hub_options) for name in config.dataset]
+    records: Sequence[Record] = []
+    parts: list[Sequence[Rejected]] = []
+    if config.val_dataset:
+        loaded = load_records(config.val_dataset, shuffle=config.val_dataset_shuffle, **{**loading, "val_datasets": ()})
+        records, parts = loaded.train, [loaded.rejected]
+    elif config.streaming_val_size:
+        held = feeds[0].hold_out(config.streaming_val_size)
+        records, parts = [row.record for row in held], [[item for row in held for item in row.rejected]]
+    if config.dataset_num_proc is None:
+        config.derive("dataset_num_proc", 1, "streaming")
+    tokenizer = _tokenizer(config, snapshot)
+    validation = _encode(config, records, tokenizer) if records else None
+    stream = Stream(
+        Mixture(feeds, probabilities=config.interleave_prob, stopping_strategy=config.stopping_strategy, seed=config.data_seed),
         tokenizer,
+        _options(config),
+        block_rows=config.shuffle_buffer_size,
+        seed=config.data_seed,
+        shuffle=config.dataset_shuffle,
+        max_rejected=config.max_rejected,
+        num_proc=config.dataset_num_proc or 1,
+    )
+    return Data(tokenizer, stream, validation, records, Joined(*parts, *([validation.rejected] if validation else [])))
+
+
+def _loading(config: SftConfig) -> dict[str, Any]:
+    """The options of load_records that training and validation rows share."""
+    return {
+        "want": objective_of(config),
+        "columns": config.columns,
+        "strict": config.strict,
+        "max_rejected": config.max_rejected,
+        "data_seed": config.data_seed,
+        "shuffle_validation": config.val_dataset_shuffle,
+        "model_name": config.model_name,
+        "model_author": config.model_author,
+        "system": read_system(config.system),
+        "val_datasets": config.val_dataset,
+        "use_hf": config.use_hf,
+        "hub_token": config.hub_token,
+        "offline": config.offline,
+        "num_proc": config.dataset_num_proc,
+    }
+
+
+def _tokenizer(config: SftConfig, snapshot: Snapshot) -> Any:
+    return load_tokenizer(snapshot.path, chat_template=read_template(config.chat_template))
+
+
+def _options(config: SftConfig) -> Options:
+    return Options(
+        objective=objective_of(config),
         max_length=config.max_length,
         truncation_strategy=config.truncation_strategy,
-        objective=objective_of(config),
-        use_chat_template=config.use_chat_template is not False,
         loss_scale=config.loss_scale or "default",
+        use_chat_template=config.use_chat_template is not False,
+        chat_template=None,
         enable_thinking=config.enable_thinking,
-        num_proc=config.dataset_num_proc,
+    )
+
+
+def _encode(config: SftConfig, records: Sequence[Record], tokenizer: Any) -> Encoded:
+    return encode_with(
+        records,
+        tokenizer,
+        _options(config),
+        num_proc=config.dataset_num_proc or 1,
         cache_dir=cache_root() / "tokens" if config.load_from_cache_file else None,
     )
 
@@ -85,7 +169,7 @@ def fill_open_options(config: SftConfig, snapshot: Snapshot, data: Data | None =
     if config.max_length is None and (length := context_length(snapshot.path)):
         config.derive("max_length", length, "the model's context length")
     if config.learning_rate is None:
-        rate = 1e-4 if config.tuner_type == "lora" else 1e-5
+        rate = 1e-5 if config.tuner_type == "full" else 1e-4
         config.derive("learning_rate", rate, f"tuner_type {config.tuner_type}")
     if config.gradient_accumulation_steps is None:
         steps = max(1, -(-ROWS_PER_STEP // config.per_device_train_batch_size))
@@ -120,40 +204,73 @@ def snapshot_name(config: SftConfig, snapshot: Snapshot) -> str:
     return Path(reference).name
 
 
-def plan_steps(config: SftConfig, data: Data) -> Steps:
-    accumulation, batch = config.gradient_accumulation_steps, config.per_device_train_batch_size
-    assert accumulation is not None
-    rows = batch * accumulation
-    lengths = data.train.lengths.tolist()
-    return Steps(
-        lengths=lengths,
-        rows_per_step=rows,
-        rows_per_batch=batch,
-        total=total_steps(len(lengths), rows, epochs=config.num_train_epochs, max_steps=config.max_steps),
-        seed=config.data_seed,
-        shuffle=config.train_dataloader_shuffle,
-        group_by_length=config.group_by_length,
-    )
-
-
 def plan_rows(config: SftConfig, snapshot: Snapshot, data: Data, steps: Steps) -> list[tuple[str, str]]:
     """What the run will do, as rows of a table."""
-    stats = data.train.stats()
     rows = [
         ("model", f"{config.model} at {snapshot.path}"),
-        ("training rows", f"{len(data.train):,} ({stats['tokens']:,} tokens, {stats['trained_tokens']:,} of them trained)"),
-        ("longest row", f"{stats['max_length']:,} tokens"),
+        *(stream_rows(config) if data.stream else training_rows(data)),
         ("validation rows", f"{len(data.validation):,}" if data.validation else "none"),
-        ("rejected rows", f"{len(data.rejected):,}"),
-        ("cut rows", f"{stats['truncated']:,}"),
-        ("rows a step", f"{steps.rows_per_step} = batch {steps.rows_per_batch} x accumulation {config.gradient_accumulation_steps}"),
-        ("steps", f"{steps.total} ({steps.per_epoch} an epoch, {warmup_steps(config, steps.total)} of warm-up)"),
-        ("tuner", f"lora, rank {config.lora_rank}, alpha {config.lora_alpha:g}" if config.tuner_type == "lora" else "full"),
+        ("packs" if config.packing else "rows", _units_text(config, data, steps)),
+        ("steps", _steps_text(config, data, steps)),
+        ("tuner", tuner_text(config)),
         ("learning rate", f"{config.learning_rate:g}, {config.lr_scheduler_type}"),
         ("evaluation", config.eval_strategy if config.eval_strategy != "steps" else f"every {config.eval_steps} steps"),
         ("checkpoints", config.save_strategy if config.save_strategy != "steps" else f"every {config.save_steps} steps and at the end"),
     ]
     return [(name, str(value)) for name, value in rows]
+
+
+def tuner_text(config: SftConfig) -> str:
+    return f"lora, rank {config.lora_rank}, alpha {config.lora_alpha:g}" if config.tuner_type == "lora" else config.tuner_type
+
+
+def training_rows(data: Data) -> list[tuple[str, str]]:
+    """What the training rows are, and all that was left out of them."""
+    stats = data.train.stats()
+    cut = f"{stats['truncated']:,} rows, {stats['tokens_cut']:,} tokens" if stats["truncated"] else "none"
+    rejected = f"{len(data.rejected):,}"
+    if stats["too_long"]:
+        rejected += f", {stats['too_long']:,} of them longer than max_length ({stats['tokens_too_long']:,} tokens)"
+    rows = [
+        ("training rows", f"{len(data.train):,} ({stats['tokens']:,} tokens, {stats['trained_tokens']:,} of them trained)"),
+        ("longest row", f"{stats['max_length']:,} tokens"),
+        ("rejected rows", rejected),
+        ("cut to max_length", cut),
+    ]
+    return [*rows, ("split in pieces", f"{stats['split']:,} rows")] if stats["split"] else rows
+
+
+def stream_rows(config: SftConfig) -> list[tuple[str, str]]:
+    mixed = f", mixed {' '.join(f'{value:g}' for value in config.interleave_prob)}" if config.interleave_prob else ""
+    return [
+        ("training rows", f"unknown: read while training, {config.shuffle_buffer_size:,} at a time{mixed}"),
+        ("longest row", f"at most {config.max_length:,} tokens" if config.max_length else "unknown"),
+        ("rejected rows", f"counted as they come; the run ends above {config.max_rejected:.0%}"),
+    ]
+
+
+def rows_read(stream: Stream) -> list[tuple[str, str]]:
+    """What a stream has read, and all that was left out, up to the last block."""
+    stats = stream.stats()
+    return [
+        ("training rows", f"{stats['examples']:,} read ({stats['tokens']:,} tokens), {stats['passes']} passes over the data"),
+        ("rejected rows", f"{stats['rejected']:,} of {stats['rows']:,}"),
+        ("cut to max_length", f"{stats['truncated']:,} rows, {stats['tokens_cut']:,} tokens" if stats["truncated"] else "none"),
+    ]
+
+
+def _units_text(config: SftConfig, data: Data, steps: Steps) -> str:
+    cutting = steps.cutting
+    text = f"{cutting.units_per_step} a step = batch {cutting.rows_per_batch} x accumulation {config.gradient_accumulation_steps}"
+    if not config.packing:
+        return text
+    number = "" if data.stream or steps.packs is None else f"{len(steps.packs):,}, "
+    return f"{number}{text}; at most {cutting.packing_length:,} tokens each"
+
+
+def _steps_text(config: SftConfig, data: Data, steps: Steps) -> str:
+    warmup = f"{warmup_steps(config, steps.total)} of warm-up"
+    return f"{steps.total} ({warmup})" if data.stream else f"{steps.total} ({steps.per_epoch} an epoch, {warmup})"
 
 
 def advise(config: SftConfig, data: Data) -> None:
@@ -164,7 +281,7 @@ def advise(config: SftConfig, data: Data) -> None:
         if not config.lora_rank <= config.lora_alpha <= 4 * config.lora_rank and not config.use_rslora:
             usual = f"twice the rank ({2 * config.lora_rank}) is the usual choice"
             console.warn(f"--lora_alpha {config.lora_alpha:g} with rank {config.lora_rank}: {usual}")
-        if config.lora_dropout == 0 and len(data.train) < 1000:
+        if config.lora_dropout == 0 and not data.stream and len(data.train) < 1000:
             console.warn(f"--lora_dropout 0 on {len(data.train)} rows: small data is soon learned by heart; 0.05 to 0.1 helps")
     if data.rejected:
         first = data.rejected[0]

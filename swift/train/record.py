@@ -44,12 +44,13 @@ def describe(run: RunDirectory, config: SftConfig, snapshot: hub.Snapshot, data:
         _compare(run, arguments)
     write_json(run / "args.json", {**arguments, "model_dir": str(snapshot.path)})
     write_text(run / "config.yaml", yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True))
-    write_rejected(run / "rejected.jsonl", data.rejected)
+    if not (is_resumed and data.stream and (run / "rejected.jsonl").exists()):
+        write_rejected(run / "rejected.jsonl", data.rejected)
     facts = {
         "config": audit.digest(arguments),
         "model": snapshot.reference,
         "revision": snapshot.revision,
-        "data": data.train.path.name if data.train.path else None,
+        "data": data.train.path.name if data.stream is None and data.train.path else None,
         "validation": data.validation.path.name if data.validation and data.validation.path else None,
         "versions": report.versions(),
     }
@@ -86,7 +87,5 @@ def say_farewell(config: SftConfig, result: TrainResult) -> None:
     )
     if result.checkpoint is not None:
         console.say(
-            f"next: swift chat --adapters {result.checkpoint}"
-            if config.tuner_type == "lora"
-            else f"next: swift chat --model {result.checkpoint}"
+            f"next: swift chat --adapters {result.checkpoint}" if config.trains_adapter else f"next: swift chat --model {result.checkpoint}"
         )

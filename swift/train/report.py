@@ -13,7 +13,7 @@ from swift.data.render import render_prompt
 from swift.engine.text import Sampling, complete
 from swift.files import new_file, write_json, write_text
 from swift.train.memory import peak_memory_gib
-from swift.train.prepare import Data
+from swift.train.prepare import Data, rows_read, training_rows, tuner_text
 from swift.train.state import TrainState
 from swift.train.trackers import duration
 
@@ -69,7 +69,7 @@ def write(
             before = answers(model, tokenizer, data, config)
     model.train(was_training)
     measured = {"peak_memory_gib": peak_memory_gib(device), "train_seconds": round(state.train_seconds, 3)}
-    write_json(run / "plan.json", {"planned": {"steps": state.max_steps, **data.train.stats()}, "measured": measured})
+    write_json(run / "plan.json", {"planned": {"steps": state.max_steps, **data.rows.stats()}, "measured": measured})
     samples = [
         f"**Prompt**\n\n{_quote(text)}\n\n**Before**\n\n{_quote(old)}\n\n**After**\n\n{_quote(new)}\n\n**Expected**\n\n{_quote(expected)}\n"
         for (_, text, expected), old, new in zip(sample_prompts(tokenizer, data, config), before or [], after, strict=bool(before))
@@ -78,17 +78,16 @@ def write(
 
 
 def _report(config: SftConfig, data: Data, state: TrainState, measured: dict[str, Any], samples: list[str]) -> str:
-    stats = data.train.stats()
     seconds = max(state.train_seconds, 1e-9)
     evaluations = [line for line in state.log_history if "eval_loss" in line]
     rows = [
         ("model", config.model),
-        ("tuner", f"lora, rank {config.lora_rank}, alpha {config.lora_alpha:g}" if config.tuner_type == "lora" else "full"),
-        ("training rows", f"{len(data.train):,}: {stats['tokens']:,} tokens, {stats['trained_tokens']:,} trained"),
-        ("rejected rows", f"{len(data.rejected):,}"),
+        ("tuner", tuner_text(config)),
+        *(rows_read(data.stream) if data.stream else training_rows(data)),
         ("steps", f"{state.global_step} of {state.max_steps}"),
         ("time in steps", duration(state.train_seconds)),
         ("speed", f"{state.tokens / seconds:,.0f} tokens/s, {state.supervised_tokens / seconds:,.0f} trained tokens/s"),
+        ("computed", computed_text(state)),
         ("peak memory", f"{measured['peak_memory_gib']:.2f} GiB measured"),
         ("validation loss", " -> ".join(f"{line['eval_loss']:.4f}" for line in _first_and_last(evaluations)) or "not measured"),
         ("best step", f"{state.best_step} ({state.best_metric:.4f})" if state.best_metric is not None else "-"),
@@ -99,6 +98,16 @@ def _report(config: SftConfig, data: Data, state: TrainState, measured: dict[str
     if samples:
         parts += ["## Answers before and after", *samples]
     return "\n\n".join(parts) + "\n"
+
+
+def computed_text(state: TrainState) -> str:
+    """How many tokens the forward passes had, beside those of the rows."""
+    text = f"{state.computed_tokens:,} tokens for the {state.tokens:,} of the rows"
+    if state.computed_tokens < state.tokens:
+        return f"{text}: {1 - state.computed_tokens / state.tokens:.0%} saved, beginnings that rows share are computed once"
+    if state.computed_tokens > state.tokens:
+        return f"{text}: {state.computed_tokens / state.tokens - 1:.0%} more, padding"
+    return text
 
 
 def _first_and_last(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import itertools
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from swift import audit, console, hub
 from swift.config.commands import SftConfig
 from swift.config.options import to_dict
 from swift.data.collate import flat_batch, padded_batch
+from swift.data.load import append_rejected, keep_rejected
 from swift.errors import Interrupted, TrainingError
 from swift.files import write_json
 from swift.model.batch import Batch
@@ -39,7 +42,7 @@ from swift.train.prepare import (
 from swift.train.record import describe, say_farewell, what_to_resume
 from swift.train.rundir import RunDirectory, new_run_path
 from swift.train.state import TrainResult, TrainState
-from swift.train.steps import Steps, cut_by_tokens, forward_tokens, plan_steps
+from swift.train.steps import Place, Step, Steps, cut_by_tokens, plan_steps
 from swift.train.trackers import Trackers
 from swift.tuner import TUNERS
 from swift.tuner.adapter import load_adapter_weights
@@ -57,7 +60,7 @@ def train(config: SftConfig) -> TrainResult | None:
     fill_open_options(config, snapshot)
     data = prepare_data(config, snapshot)
     fill_open_options(config, snapshot, data)
-    steps = plan_steps(config, data.train)
+    steps = plan_steps(config, data.rows)
     advise(config, data)
     plan = plan_rows(config, snapshot, data, steps)
     console.table(("what", "plan"), plan)
@@ -110,6 +113,8 @@ class Session:
         if resume_from is not None:
             self._resume(resume_from)
         config, state = self.config, self.state
+        if self.data.stream is not None:
+            keep_rejected(self.run / "rejected.jsonl", len(self.data.rejected) + state.rejected)
         self.trackers = Trackers(
             self.run.path,
             report_to=config.report_to,
@@ -124,10 +129,10 @@ class Session:
                 self._evaluate()
             self.model.train()
             self.trackers.start_clock()
-            batches = self._batches(state.global_step)
-            with contextlib.closing(batches):  # type: ignore[type-var]
-                for batch in batches if not self._is_out_of_patience() else ():
-                    self._step(batch)
+            ready = self._ready_steps()
+            with contextlib.closing(ready):  # type: ignore[type-var]
+                for step, batches in ready if not self._is_out_of_patience() else ():
+                    self._step(step, batches)
                     is_last = state.global_step == self.steps.total or self._is_out_of_patience()
                     if stop.is_set and not is_last:
                         self._leave_early()
@@ -138,7 +143,7 @@ class Session:
         self._finish(saved)
         return TrainResult(self.run.path, saved, state)
 
-    def _step(self, batches: list[Batch]) -> None:
+    def _step(self, step: Step, batches: list[Batch]) -> None:
         """One optimizer step and what is due after it: log, evaluation, checkpoint."""
         config, state, begin = self.config, self.state, time.monotonic()
         seed_step(config.seed, state.global_step)
@@ -157,6 +162,9 @@ class Session:
         if result.was_applied:
             self.schedule.step()
         state.global_step += 1
+        if self.data.stream is not None:
+            state.place = asdict(step.after)
+            state.rejected += append_rejected(self.run / "rejected.jsonl", step.rejected)
         state.epoch = self.steps.epoch_at(state.global_step)
         state.train_seconds += time.monotonic() - begin
         add_to_window(state, result)
@@ -182,7 +190,7 @@ class Session:
     def _evaluate(self) -> None:
         """Loss over the validation rows; remembers the best step."""
         assert self.data.validation is not None
-        parts = (self._collate(self.data.validation, rows) for rows in self._evaluation_rows(self.data.validation))
+        parts = map(self._collate, self._evaluation_passes(self.data.validation))
         values = evaluate(self.policy, parts, objective=self.objective, strategy=self.strategy, device=self.device)
         self.state.log_history.append(self.trackers.log(self.state.global_step, self.state.epoch, values))
         if self.state.global_step == 0:
@@ -238,27 +246,28 @@ class Session:
             self.state.max_steps = self.steps.total
         console.say(f"resuming {path} at step {self.state.global_step} of {self.steps.total}")
 
-    def _batches(self, start: int) -> Iterator[list[Batch]]:
-        first = 0 if self.config.ignore_data_skip else start
-        total = self.steps.total - start
-        rows = self.steps.iterate(first, is_flat=self.is_flat)
-        made = ([self._collate(self.data.train, part) for part in next(rows)] for _ in range(total))
-        return ahead(made, self.config.dataloader_num_workers)
+    def _ready_steps(self) -> Iterator[tuple[Step, list[Batch]]]:
+        """The steps that are left, each with its batches, prepared ahead."""
+        start = Place(**self.state.place) if self.state.place else self.steps.place_at(self.state.global_step)
+        steps = self.steps.iterate(Place() if self.config.ignore_data_skip else start, is_flat=self.is_flat)
+        left = itertools.islice(steps, self.steps.total - self.state.global_step)
+        return ahead(((step, [self._collate(examples) for examples in step.passes]) for step in left), self.config.dataloader_num_workers)
 
-    def _collate(self, encoded: Any, rows: list[int]) -> Batch:
-        examples = [encoded[row] for row in rows]
+    def _collate(self, examples: list[Any]) -> Batch:
         if self.is_flat:
             return flat_batch(examples, share=self.config.share_prefixes)
         return padded_batch(examples, pad_token_id=pad_token_id(self.tokenizer), padding_side=self.config.padding_side)
 
-    def _evaluation_rows(self, validation: Any) -> list[list[int]]:
+    def _evaluation_passes(self, validation: Any) -> Iterator[list[Any]]:
         """All validation rows, in forward passes."""
-        size, rows = self.config.per_device_eval_batch_size, list(range(len(validation)))
-        if not self.is_flat:
-            return [rows[at : at + size] for at in range(0, len(rows), size)]
-        lengths = validation.lengths
-        capacity = self.config.max_tokens_per_batch or forward_tokens(size, int(lengths.max()), is_cpu=self.device.type == "cpu")
-        return cut_by_tokens(rows, lengths, capacity)
+        rows, cutting = list(range(len(validation))), replace(self.steps.cutting, rows_per_batch=self.config.per_device_eval_batch_size)
+        size = cutting.rows_per_batch
+        passes = (
+            cut_by_tokens(rows, validation.lengths, cutting.tokens(int(validation.lengths.max())))
+            if self.is_flat
+            else [rows[at : at + size] for at in range(0, len(rows), size)]
+        )
+        return ([validation[row] for row in part] for part in passes)
 
     def _take_best(self, saved: Path | None) -> Path | None:
         """With --load_best_model_at_end: the best checkpoint's weights are put back, and it is the result."""
@@ -275,7 +284,7 @@ class Session:
             "best_model_checkpoint": str(self.run / f"checkpoint-{self.state.best_step}") if self.state.best_step else None,
             "best_metric": self.state.best_metric,
             "global_step": self.state.global_step,
-            "train_dataset": self.data.train.stats(),
+            "train_dataset": self.data.rows.stats(),
             "val_dataset": self.data.validation.stats() if self.data.validation else None,
         }
         self.trackers.summary(facts)

@@ -10,7 +10,7 @@ from swift.errors import CheckpointError
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Counters of a run. The data position and the random numbers follow from ``global_step`` and the seed."""
+    """Counters of a run. Random numbers follow from ``global_step`` and the seed, and so do the rows unless they are streamed."""
 
     global_step: int = 0
     max_steps: int = 0
@@ -22,6 +22,8 @@ class TrainState:
     computed_tokens: int = 0
     supervised_tokens: int = 0
     train_seconds: float = 0.0
+    place: dict[str, Any] | None = None  # in a stream; else it follows from global_step
+    rejected: int = 0  # rows of a stream that were not trained on so far
     window_loss: float = 0.0  # loss and metrics since the last logged line, as sums
     window_count: float = 0.0
     window_steps: int = 0
@@ -52,4 +54,4 @@ def read_state(path: Path) -> TrainState:
             f"{path.parent} was not written by this program, so its optimizer state cannot be taken over",
             hint="--resume_only_model true takes its weights",
         )
-    return TrainState(**{item.name: raw[item.name] for item in fields(TrainState)})
+    return TrainState(**{item.name: raw[item.name] for item in fields(TrainState) if item.name in raw})

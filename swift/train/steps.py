@@ -1,58 +1,137 @@
-"""Which rows each optimizer step trains: a function of the seed and the step alone, so that a resumed run needs no more."""
+"""Which rows each optimizer step trains: a function of the seed and the step, so that a resumed run needs no more.
+
+Rows that are all known are one block that is trained again and again, in another order each time. A stream is one block
+after the other; where the next one begins is kept in the checkpoint.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy.typing as npt
 
 from swift.config.commands import SftConfig
 from swift.data.encoded import Encoded
-from swift.data.order import batches
+from swift.data.order import Batches, batches
 from swift.data.packing import first_fit_decreasing, pack
+from swift.data.records import Rejected
+from swift.data.stream import Block, Stream
+from swift.errors import DataError
 from swift.model.device import choose_device
 
 # One forward pass on a CPU: products of matrices are as fast as they get, and activations are few.
 CPU_TOKENS = 512
 
 Lengths = Sequence[int] | npt.NDArray[Any]
+Example = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is in its rows: ``step`` steps into block ``block``, which begins at ``position`` of a stream."""
+
+    block: int = 0
+    step: int = 0
+    position: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """The examples of each forward pass, and where the run is after them."""
+
+    passes: list[list[Example]]
+    after: Place
+    rejected: Sequence[Rejected] = ()  # rows that were passed over to get here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cutting:
+    """How rows become steps and forward passes.
+
+    A step has ``units_per_step`` rows or packs. How it is cut into forward passes does not change its loss: with padding
+    they are ``rows_per_batch`` rows; without, as many as ``capacity`` tokens hold.
+    """
+
+    units_per_step: int
+    rows_per_batch: int
+    capacity: int | None
+    seed: int
+    shuffle: bool
+    group_by_length: bool
+    packing_length: int | None = None  # None: rows are not packed
+    packing_strategy: str = "binpack"
+    share: bool = True
+    is_cpu: bool = True
+
+    def packs(self, rows: Any) -> list[list[int]] | None:
+        """The packs of ``rows`` that are the units of its steps; None if single rows are."""
+        if self.packing_length is None:
+            return None
+        lengths = rows.lengths
+        return pack(rows, lengths, max(self.packing_length, int(lengths.max())), strategy=self.packing_strategy, share=self.share)
+
+    def order(self, rows: Any, packs: Sequence[Sequence[int]] | None, epoch: int) -> Batches:
+        """The units of each step of an epoch. The last step has what is left, so that each row is seen once."""
+        return batches(
+            len(rows) if packs is None else len(packs),
+            self.units_per_step,
+            seed=self.seed,
+            epoch=epoch,
+            shuffle=self.shuffle,
+            lengths=rows.lengths,
+            group_by_length=self.group_by_length,
+        )
+
+    def passes(self, units: list[int], packs: Sequence[Sequence[int]] | None, lengths: Lengths, *, is_flat: bool) -> list[list[int]]:
+        """The rows of each forward pass of a step."""
+        if packs is not None:
+            size = max(sum(int(lengths[row]) for row in packs[unit]) for unit in units)
+            at_once = max(1, self.tokens(size) // size)
+            groups = [units[at : at + at_once] for at in range(0, len(units), at_once)]
+            return [[row for unit in group for row in packs[unit]] for group in groups]
+        if is_flat:
+            return cut_by_tokens(units, lengths, self.tokens(max(int(lengths[row]) for row in units)))
+        # Rows of similar length need less padding.
+        rows = sorted(units, key=lambda row: -lengths[row])
+        return [rows[at : at + self.rows_per_batch] for at in range(0, len(rows), self.rows_per_batch)]
+
+    def tokens(self, longest: int) -> int:
+        """Tokens of a forward pass whose longest row has ``longest``: what padded rows could need; fewer on a CPU."""
+        allowed = self.capacity or self.rows_per_batch * longest
+        return max(longest, min(allowed, CPU_TOKENS) if self.is_cpu and self.capacity is None else allowed)
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of a run over rows of ``lengths`` tokens, ``units_per_step`` rows or ``packs`` a step.
+    """The steps of a run over ``rows``."""
 
-    The last step of an epoch has what is left, so that each row is seen once an epoch. How a step is cut into forward
-    passes does not change its loss: with padding they are ``rows_per_batch`` rows, without as many as ``capacity``
-    tokens hold.
-    """
-
-    lengths: Lengths
-    units_per_step: int
-    rows_per_batch: int
-    capacity: int
+    rows: Encoded | Stream
+    cutting: Cutting
     total: int
-    seed: int
-    shuffle: bool
-    group_by_length: bool
-    packs: Sequence[Sequence[int]] | None = None
+    _packs: list[list[list[int]] | None] = field(default_factory=list)
 
     @property
-    def num_units(self) -> int:
-        return len(self.lengths) if self.packs is None else len(self.packs)
+    def per_epoch(self) -> int | None:
+        """Steps of one pass over the rows; None for a stream."""
+        if isinstance(self.rows, Stream):
+            return None
+        return -(-(len(self.rows) if self.packs is None else len(self.packs)) // self.cutting.units_per_step)
 
     @property
-    def per_epoch(self) -> int:
-        return steps_per_epoch(self.num_units, self.units_per_step)
+    def packs(self) -> list[list[int]] | None:
+        assert isinstance(self.rows, Encoded)
+        if not self._packs:
+            self._packs.append(self.cutting.packs(self.rows))
+        return self._packs[0]
 
     def epoch_at(self, step: int) -> float:
-        """Epochs that are done after ``step`` steps."""
-        return step / self.per_epoch
+        """Epochs that are done after ``step`` steps; of a stream the share of the run."""
+        return step / (self.per_epoch or self.total)
 
     def ends_epoch(self, step: int) -> bool:
         """Whether the ``step``-th step (counted from 1) is the last of an epoch, or of the run."""
-        return step % self.per_epoch == 0 or step == self.total
+        return step == self.total or (self.per_epoch is not None and step % self.per_epoch == 0)
 
     def is_due(self, strategy: str | None, every: int | None, step: int) -> bool:
         """Whether what happens by ``strategy`` (no, steps, epoch), ``every`` so many steps, is due after ``step``."""
@@ -60,83 +139,65 @@ class Steps:
             return step % (every or 1) == 0
         return strategy == "epoch" and self.ends_epoch(step)
 
-    def iterate(self, start: int, *, is_flat: bool) -> Iterator[list[list[int]]]:
-        """For each step after the first ``start``: the row numbers of its forward passes."""
-        epoch, position = divmod(start, self.per_epoch)
-        steps = self._of_epoch(epoch)
-        for _ in range(start, self.total):
-            if position == self.per_epoch:
-                epoch, position = epoch + 1, 0
-                steps = self._of_epoch(epoch)
-            yield self._cut(steps[position], is_flat=is_flat)
-            position += 1
+    def place_at(self, step: int) -> Place:
+        """The place after ``step`` steps of rows that are all known."""
+        return Place(*divmod(step, self.per_epoch)) if self.per_epoch else Place()
 
-    def _cut(self, units: list[int], *, is_flat: bool) -> list[list[int]]:
-        if self.packs is not None:
-            at_once = max(1, self.capacity // max(sum(self.lengths[row] for row in self.packs[unit]) for unit in units))
-            groups = [units[at : at + at_once] for at in range(0, len(units), at_once)]
-            return [[row for unit in group for row in self.packs[unit]] for group in groups]
-        if is_flat:
-            return cut_by_tokens(units, self.lengths, self.capacity)
-        # Rows of similar length need less padding.
-        rows = sorted(units, key=lambda row: -self.lengths[row])
-        return [rows[at : at + self.rows_per_batch] for at in range(0, len(rows), self.rows_per_batch)]
+    def iterate(self, start: Place, *, is_flat: bool) -> Iterator[Step]:
+        """The steps from ``start`` on, without end."""
+        number, done = start.block, start.step
+        if isinstance(self.rows, Stream) and start.position is not None:
+            self.rows.seek(number, start.position)
+        while True:
+            rows, packs, position = self._block(number)
+            order = self.cutting.order(rows, packs, number)
+            for index in range(done, len(order)):
+                passes = self.cutting.passes(order[index], packs, rows.lengths, is_flat=is_flat)
+                is_last = index + 1 == len(order)
+                after = Place(number + 1, 0, self._position(number + 1)) if is_last else Place(number, index + 1, position)
+                news = rows.rejected if index == 0 and isinstance(self.rows, Stream) else ()
+                yield Step([[rows[row] for row in part] for part in passes], after, news)
+            number, done = number + 1, 0
 
-    def _of_epoch(self, epoch: int) -> list[list[int]]:
-        return batches(
-            self.num_units,
-            self.units_per_step,
-            seed=self.seed,
-            epoch=epoch,
-            shuffle=self.shuffle,
-            lengths=self.lengths,
-            group_by_length=self.group_by_length,
-        )
+    def _block(self, number: int) -> tuple[Encoded | Block, list[list[int]] | None, dict[str, Any] | None]:
+        if isinstance(self.rows, Encoded):
+            return self.rows, self.packs, None
+        block = self.rows.block(number)
+        if block is None:
+            raise DataError("the data has come to its end")
+        return block, self.cutting.packs(block), self._position(number)
+
+    def _position(self, number: int) -> dict[str, Any] | None:
+        return self.rows.position(number) if isinstance(self.rows, Stream) else None
 
 
-def plan_steps(config: SftConfig, rows: Encoded) -> Steps:
+def plan_steps(config: SftConfig, rows: Encoded | Stream) -> Steps:
     """The steps that ``config`` asks for."""
-    lengths = rows.lengths
-    longest = int(lengths.max())
-    packs = None
-    if config.packing:
-        length = config.packing_length or config.max_length or longest
-        packs = pack(rows, lengths, max(length, longest), strategy=config.packing_strategy, share=config.share_prefixes)
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     assert accumulation is not None
-    num_units = len(lengths) if packs is None else len(packs)
-    is_cpu = choose_device(config.device).type == "cpu"
-    return Steps(
-        lengths=lengths,
+    packing_length = None
+    if config.packing:
+        packing_length = config.packing_length or config.max_length or int(rows.lengths.max())  # type: ignore[union-attr]
+    cutting = Cutting(
         units_per_step=batch * accumulation,
         rows_per_batch=batch,
-        capacity=config.max_tokens_per_batch or forward_tokens(batch, longest, is_cpu=is_cpu),
-        total=total_steps(num_units, batch * accumulation, epochs=config.num_train_epochs, max_steps=config.max_steps),
+        capacity=config.max_tokens_per_batch,
         seed=config.data_seed,
         shuffle=config.train_dataloader_shuffle,
         group_by_length=config.group_by_length,
-        packs=packs,
+        packing_length=packing_length,
+        packing_strategy=config.packing_strategy,
+        share=config.share_prefixes,
+        is_cpu=choose_device(config.device).type == "cpu",
     )
+    if config.max_steps > 0:
+        return Steps(rows, cutting, config.max_steps)
+    per_epoch = Steps(rows, cutting, 0).per_epoch
+    assert per_epoch is not None
+    return Steps(rows, cutting, math.ceil(config.num_train_epochs * per_epoch))
 
 
 def cut_by_tokens(rows: Sequence[int], lengths: Lengths, capacity: int) -> list[list[int]]:
     """``rows`` in as few forward passes of at most ``capacity`` tokens as may be; a longer row goes alone."""
     own = [int(lengths[row]) for row in rows]
     return [[rows[index] for index in group] for group in first_fit_decreasing(own, max(capacity, *own))]
-
-
-def forward_tokens(rows: int, longest: int, *, is_cpu: bool) -> int:
-    """Tokens of one forward pass: what ``rows`` padded rows could need, which the user allows; fewer on a CPU."""
-    allowed = rows * longest
-    return max(longest, min(allowed, CPU_TOKENS)) if is_cpu else allowed
-
-
-def steps_per_epoch(units: int, units_per_step: int) -> int:
-    return math.ceil(units / units_per_step)
-
-
-def total_steps(units: int, units_per_step: int, *, epochs: float, max_steps: int) -> int:
-    """Optimizer steps of a run: ``max_steps`` if positive, else ``epochs`` passes, rounded up."""
-    if max_steps > 0:
-        return max_steps
-    return math.ceil(epochs * steps_per_epoch(units, units_per_step))

@@ -8,13 +8,16 @@ and dropout acts on the adapter alone: there the update is added to the output, 
 one product.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# T tokens, D input width, N output width (of all layers of a group), R ranks (of all layers of a group)
+# T tokens, R ranks of all layers of a group
+
+Activation = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -49,6 +52,7 @@ def fuse(model: Any, probe_ids: Tensor) -> Fused:
         fused.groups.append(group)
         for index, layer in enumerate(layers):
             layer.forward = _Forward(group, index, layer.forward)
+    _fuse_gated(model, fused.groups)
     return fused
 
 
@@ -105,11 +109,15 @@ class _Group:
         self.b = [layer.lora_B[name].weight for layer in layers]
         self.scales = [float(layer.scaling[name]) for layer in layers]
         self.dropout = layers[0].lora_dropout[name]
-        self.widths = [base.out_features for base in self.bases]
         self.is_formed = False
-        self.merged: Tensor | None = None
+        self.merged: list[Tensor] = []
         self.versions: list[int] = []
         self.waiting: tuple[Tensor, list[Tensor | None]] | None = None
+
+    @property
+    def uses_adapter(self) -> bool:
+        """Whether these layers compute what is replaced here; a merged or switched-off adapter is PEFT's matter."""
+        return not any(layer.disable_adapters or layer.merged for layer in self.layers)
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """What layer ``index`` makes of ``x``."""
@@ -118,29 +126,28 @@ class _Group:
             if not any(rest is not None for rest in self.waiting[1]):
                 self.waiting = None
             return ready
-        outputs = self._compute(x)
+        outputs = self.compute(x)
         if len(outputs) > 1:
             self.waiting = (x, [None if place == index else output for place, output in enumerate(outputs)])
         return outputs[index]
 
-    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
+    def compute(self, x: Tensor, gate: Tensor | None = None, activation: Activation | None = None) -> tuple[Tensor, ...]:
+        """The output of each layer for ``x``, or for activation(gate) * x."""
         rate = float(getattr(self.dropout, "p", 0.0)) if self.layers[0].training else 0.0
         is_exact = rate == 0 and self.bases[0].weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-        merged = self._form() if is_exact else None
-        outputs: tuple[Tensor, ...] = _GroupedLora.apply(x, self, merged, rate, *self.a, *self.b)
+        merged = self.form() if is_exact else []
+        outputs: tuple[Tensor, ...] = _GroupedLora.apply(x, gate, activation, self, merged, rate, *self.a, *self.b)
         return outputs
 
-    def _form(self) -> Tensor:
-        """(N, D): W + s B A of all layers, formed again when A or B changed."""
+    def form(self) -> list[Tensor]:
+        """W + s B A of each layer, formed again when A or B changed."""
         versions = [weight._version for weight in (*self.a, *self.b)]
-        if self.merged is None:
-            weight = self.bases[0].weight
-            self.merged = torch.empty(sum(self.widths), weight.shape[1], dtype=weight.dtype, device=weight.device)
+        if not self.merged:
+            self.merged = [torch.empty_like(base.weight) for base in self.bases]
         if not self.is_formed or versions != self.versions:
             with torch.no_grad():
-                parts = self.merged.split(self.widths)
-                for part, base, a, b, scale in zip(parts, self.bases, self.a, self.b, self.scales, strict=True):
-                    torch.addmm(base.weight, b.to(part.dtype), a.to(part.dtype), alpha=scale, out=part)
+                for weight, base, a, b, scale in zip(self.merged, self.bases, self.a, self.b, self.scales, strict=True):
+                    torch.addmm(base.weight, b.to(weight.dtype), a.to(weight.dtype), alpha=scale, out=weight)
             self.is_formed, self.versions = True, versions
         return self.merged
 
@@ -152,25 +159,74 @@ class _Forward:
         self.group, self.index, self.original = group, index, original
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer = self.group.layers[self.index]
-        if args or kwargs or layer.disable_adapters or layer.merged:
+        if args or kwargs or not self.group.uses_adapter:
             plain: Tensor = self.original(x, *args, **kwargs)
             return plain
         return self.group.output(self.index, x)
 
 
+class _GatedForward:
+    """Takes the place of the forward method of an MLP that is down(activation(gate(x)) * up(x))."""
+
+    def __init__(self, pair: _Group, down: _Group, activation: Activation, *, gate: int, original: Any) -> None:
+        self.pair, self.down, self.activation, self.gate, self.original = pair, down, activation, gate, original
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not (self.pair.uses_adapter and self.down.uses_adapter):
+            plain: Tensor = self.original(x)
+            return plain
+        outputs = self.pair.compute(x)
+        return self.down.compute(outputs[1 - self.gate], outputs[self.gate], self.activation)[0]
+
+
+def _fuse_gated(model: Any, groups: list[_Group]) -> None:
+    """Replace the MLPs that are gated products, so that what lies between their layers is computed again, not kept.
+
+    Which module that is, and which of two layers is the gate, is tried on random numbers.
+    """
+    of_layer = {id(layer): group for group in groups for layer in group.layers}
+    for module in model.modules():
+        own = {id(of_layer[id(child)]): of_layer[id(child)] for child in module.children() if id(child) in of_layer}
+        activation = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+        if sorted(len(group.layers) for group in own.values()) != [1, 2] or not callable(activation):
+            continue
+        down, pair = sorted(own.values(), key=lambda group: len(group.layers))
+        forward = module.forward
+        weight = pair.bases[0].weight
+        x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+        for gate in (0, 1):
+            replaced = _GatedForward(pair, down, activation, gate=gate, original=forward)
+            with torch.no_grad():
+                wanted, found = forward(x[None]), replaced(x[None])
+            if found.shape == wanted.shape and torch.allclose(
+                found.float(), wanted.float(), rtol=1e-2, atol=1e-3 * float(wanted.abs().max())
+            ):
+                module.forward = replaced
+                break
+
+
 class _GroupedLora(torch.autograd.Function):
-    """y_g = x W_g^T + bias_g + s_g dropout(x) A_g^T B_g^T for each layer g of a group."""
+    """y_g = h W_g^T + bias_g + s_g dropout(h) A_g^T B_g^T for each layer g of a group; h is x, or activation(gate) * x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: _Group, merged: Tensor | None, rate: float, *adapter: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate: Tensor | None,
+        activation: Activation | None,
+        group: _Group,
+        merged: list[Tensor],
+        rate: float,
+        *adapter: Tensor,
+    ) -> tuple[Tensor, ...]:
         a, b = adapter[: len(group.layers)], adapter[len(group.layers) :]
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else group.bases[0].weight.dtype
-        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        inputs = x if activation is None else activation(gate) * x  # type: ignore[arg-type]
+        flat = inputs.reshape(-1, x.shape[-1]).to(dtype)
         mask = None
-        if merged is not None:
-            outputs = list((flat @ merged.T).split(group.widths, dim=1))
+        if merged:
+            outputs = [flat @ weight.T for weight in merged]
         else:
             dropped = flat
             if rate > 0:
@@ -183,15 +239,22 @@ class _GroupedLora(torch.autograd.Function):
         for output, base in zip(outputs, group.bases, strict=True):
             if base.bias is not None:
                 output += base.bias.to(dtype)
-        ctx.save_for_backward(flat, mask, merged, *adapter)
-        ctx.group, ctx.rate, ctx.shape, ctx.dtype = group, rate, x.shape, x.dtype
+        ctx.save_for_backward(flat if activation is None else x, gate, mask, *adapter)
+        ctx.group, ctx.merged, ctx.rate, ctx.activation = group, merged, rate, activation
+        ctx.shape, ctx.dtype, ctx.compute_dtype = x.shape, x.dtype, dtype
         return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        flat, mask, merged, *adapter = ctx.saved_tensors
+        kept, gate, mask, *adapter = ctx.saved_tensors
         group, count = ctx.group, len(ctx.group.layers)
         a, b = adapter[:count], adapter[count:]
+        flat, activated = kept, None
+        if ctx.activation is not None:
+            gate = gate.detach().requires_grad_()
+            with torch.enable_grad():
+                activated = ctx.activation(gate)
+            flat = (activated.detach() * kept).reshape(-1, kept.shape[-1]).to(ctx.compute_dtype)
         dy = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         a_all = torch.cat(a).to(flat.dtype)
         dropped = flat if mask is None else flat * mask / (1 - ctx.rate)
@@ -202,16 +265,23 @@ class _GroupedLora(torch.autograd.Function):
         down = (a_all @ dropped.T).split(ranks)
         da = (low_all @ dropped).split(ranks)
         db = [(part @ grad).mul_(scale).T for grad, part, scale in zip(dy, down, group.scales, strict=True)]
-        dx = None
-        if ctx.needs_input_grad[0]:
-            if merged is not None:
-                dx = (dy[0] if count == 1 else torch.cat(dy, dim=1)) @ merged
-            else:
-                dx = low_all.T @ a_all
-                if mask is not None:
-                    dx = dx.mul_(mask).div_(1 - ctx.rate)
-                for grad, base in zip(dy, group.bases, strict=True):
-                    dx.addmm_(grad, base.weight.to(grad.dtype))
-            dx = dx.view(ctx.shape).to(ctx.dtype)
         gradients = [gradient.to(weight.dtype) for gradient, weight in zip([*da, *db], adapter, strict=True)]
-        return (dx, None, None, None, *gradients)
+        dx = dgate = None
+        if ctx.needs_input_grad[0]:
+            dx = _input_gradient(dy, low_all, a_all, mask, ctx).view(ctx.shape).to(ctx.dtype)
+            if activated is not None:
+                (dgate,) = torch.autograd.grad(activated, gate, dx * kept)
+                dx = dx.mul_(activated.detach())
+        return (dx, dgate, None, None, None, None, *gradients)
+
+
+def _input_gradient(dy: list[Tensor], low_all: Tensor, a_all: Tensor, mask: Tensor | None, ctx: Any) -> Tensor:
+    """The gradient by the layers' common input."""
+    weights = ctx.merged or [base.weight.to(dy[0].dtype) for base in ctx.group.bases]
+    dx: Tensor = dy[0] @ weights[0]
+    for grad, weight in zip(dy[1:], weights[1:], strict=True):
+        dx.addmm_(grad, weight)
+    if not ctx.merged:
+        update = low_all.T @ a_all
+        dx += update if mask is None else update.mul_(mask).div_(1 - ctx.rate)
+    return dx

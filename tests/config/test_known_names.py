@@ -89,11 +89,11 @@ def test_dashes_equal_underscores():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("packing", "false"),
-        ("packing", False),
-        ("packing", "False"),
+        ("predict_with_generate", "false"),
+        ("predict_with_generate", False),
+        ("predict_with_generate", "False"),
         ("sequence_parallel_size", 1),
-        ("router_aux_loss_coef", "0.0"),
+        ("label_smoothing_factor", "0.0"),
         ("callbacks", []),
         ("model_kwargs", "{}"),
         ("deepspeed", None),
@@ -107,8 +107,8 @@ def test_a_value_that_asks_for_what_happens_anyway_is_inert(name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("packing", "true"),
-        ("packing", True),
+        ("predict_with_generate", "true"),
+        ("predict_with_generate", True),
         ("sequence_parallel_size", "2"),
         ("deepspeed", "zero2"),
         ("callbacks", ["a"]),

@@ -74,7 +74,7 @@ def test_python_arguments_read_the_same_fields():
         (["--bf16", "true", "--fp16", "true"], "--bf16 and --fp16 exclude each other", None),
         (["--max_steps", "5", "--num_train_epochs", "1"], "--num_train_epochs has no effect when --max_steps is given", None),
         (["--tuner_type", "full", "--quant_bits", "4"], "--tuner_type full cannot train quantized weights", None),
-        (["--packing", "true"], "option --packing is not available", None),
+        (["--predict_with_generate", "true"], "option --predict_with_generate is not available", None),
         (["--temperature", "0.5"], "option --temperature has no effect here", "remove --temperature"),
     ],
 )

@@ -40,7 +40,8 @@ def test_counts_are_told(tokenizer):
     length = len(render(record(), tokenizer)[0].input_ids)
     answer = len(tokenizer("ok<|im_end|>")["input_ids"])
     assert encode([record()] * 2, tokenizer, max_length=None).stats() == {
-        "examples": 2, "rows": 2, "rejected": 0, "truncated": 0, "tokens_cut": 0, "trained_tokens": 2 * answer,
+        "examples": 2, "rows": 2, "rejected": 0, "too_long": 0, "tokens_too_long": 0, "truncated": 0, "tokens_cut": 0, "split": 0,
+        "trained_tokens": 2 * answer,
         "tokens": 2 * length, "mean_length": float(length), "max_length": length,
     }  # fmt: skip
 
@@ -86,6 +87,62 @@ def test_a_text_is_split_into_pieces_for_pretraining(tokenizer):
         encode([record()], tokenizer, max_length=4, truncation_strategy="split")
 
 
+def test_all_that_is_cut_or_left_out_is_counted(tokenizer):
+    texts = [Record([Message("assistant", "x" * length)], source=f"f:{length}") for length in (2, 7, 8, 11, 3)]
+    lengths = [len(render(text, tokenizer, objective="pt")[0].input_ids) for text in texts]
+    assert lengths == [3, 8, 9, 12, 4]  # one token a letter and the end
+
+    def counts(strategy):
+        stats = encode(texts, tokenizer, max_length=4, truncation_strategy=strategy, objective="pt").stats()
+        return {
+            name: stats[name]
+            for name in ("examples", "rows", "rejected", "too_long", "tokens_too_long", "truncated", "tokens_cut", "split")
+        }
+
+    assert counts("delete") == {
+        "examples": 2, "rows": 2, "rejected": 3, "too_long": 3, "tokens_too_long": 8 + 9 + 12, "truncated": 0, "tokens_cut": 0, "split": 0,
+    }  # fmt: skip
+    assert counts("right") == counts("left") == {
+        "examples": 5, "rows": 5, "rejected": 0, "too_long": 0, "tokens_too_long": 0, "truncated": 3, "tokens_cut": 4 + 5 + 8, "split": 0,
+    }  # fmt: skip
+    # 8 = 4 + 4; 9 = 4 + 4 and one token that predicts nothing; 12 = 4 + 4 + 4.
+    assert counts("split") == {
+        "examples": 9, "rows": 5, "rejected": 0, "too_long": 0, "tokens_too_long": 0, "truncated": 1, "tokens_cut": 1, "split": 3,
+    }  # fmt: skip
+
+
+def test_weights_and_labels_that_come_late_are_filled_in_before(tokenizer, tmp_path):
+    rows = [record(f"q{index}") for index in range(300)] + [record("last", label=1)]
+    rows[280].messages[1].loss_scale = 2.0
+    for cache_dir in (None, tmp_path):
+        encoded = encode(rows, tokenizer, max_length=None, cache_dir=cache_dir)
+        assert {*encoded[0]["weights"].tolist(), *encoded[300]["weights"].tolist()} == {1.0}
+        assert {*encoded[280]["weights"].tolist()} == {0.0, 2.0}
+        assert [encoded[index].get("label") for index in (0, 299, 300)] == [None, None, 1]
+
+
+def test_records_on_disk_and_in_a_list_are_the_same_input(tokenizer, tmp_path):
+    from swift.data.spool import Blobs, Records, pack
+
+    blobs = Blobs()
+    for one in RECORDS[:300]:
+        blobs.append(pack(one))
+    listed = encode(RECORDS[:300], tokenizer, max_length=64, cache_dir=tmp_path)
+    spooled = encode(Records(blobs), tokenizer, max_length=64, cache_dir=tmp_path)
+    assert listed.path == spooled.path
+    assert as_lists(encode(Records(blobs), tokenizer, max_length=64)) == as_lists(listed)
+
+
+def test_without_a_cache_large_data_goes_to_files_and_is_the_same(tokenizer, monkeypatch):
+    from swift.data import spool
+
+    inside = encode(RECORDS, tokenizer, max_length=20)
+    monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 1000)
+    outside = encode(RECORDS, tokenizer, max_length=20)
+    assert as_lists(inside) == as_lists(outside)
+    assert inside.rejected == outside.rejected and len(inside.rejected) > 0
+
+
 def test_weights_are_kept_only_when_some_row_has_them(tokenizer):
     weighted = Record([Message("user", "q"), Message("assistant", "a", loss_scale=3.0)])
     encoded = encode([record(), weighted], tokenizer, max_length=None)
@@ -126,7 +183,7 @@ def test_nothing_left_is_an_error(tokenizer, tmp_path):
 
 def test_the_second_call_tokenizes_nothing(tokenizer, tmp_path, monkeypatch):
     first = encode(RECORDS[:20], tokenizer, max_length=64, cache_dir=tmp_path)
-    monkeypatch.setattr(encode_module, "_encode_chunk", None)
+    monkeypatch.setattr(encode_module, "encode_chunk", None)
     second = encode(RECORDS[:20], tokenizer, max_length=64, cache_dir=tmp_path)
     assert as_lists(first) == as_lists(second)
     assert first.stats() == second.stats()
@@ -181,8 +238,9 @@ def test_writers_at_the_same_time_agree(tokenizer, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_give_the_same_result(tokenizer):
-    alone, shared = (encode(RECORDS, tokenizer, max_length=20, num_proc=num_proc) for num_proc in (1, 2))
+def test_processes_give_the_same_result(tokenizer, monkeypatch):
+    monkeypatch.setattr(encode_module, "ROWS_A_PROCESS", 100)
+    alone, shared = (encode(RECORDS, tokenizer, max_length=20, num_proc=num_proc) for num_proc in (1, 4))
     assert as_lists(alone) == as_lists(shared)
     assert alone.rejected == shared.rejected
 

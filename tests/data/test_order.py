@@ -10,7 +10,7 @@ def test_an_epoch_has_every_index_once_in_an_order_of_its_own():
 
 
 def test_without_shuffling_the_order_is_that_of_the_rows():
-    assert epoch_order(4, seed=1, epoch=3, shuffle=False) == [0, 1, 2, 3]
+    assert list(epoch_order(4, seed=1, epoch=3, shuffle=False)) == [0, 1, 2, 3]
 
 
 def test_the_last_incomplete_batch_is_kept():
@@ -34,3 +34,9 @@ def test_grouping_keeps_every_row_and_is_seeded():
     assert [len(batch) for batch in made] == [4] * 25 + [3]
     assert made[0][0] == 102
     assert made == batches(103, 4, seed=3, epoch=1, lengths=lengths, group_by_length=True)
+
+
+def test_batches_are_a_sequence_that_is_made_as_it_is_read():
+    made = batches(10**6, 16, shuffle=False)
+    assert (len(made), made[-1], made[3:5]) == (62_500, list(range(10**6 - 16, 10**6)), [list(range(48, 64)), list(range(64, 80))])
+    assert sum(1 for _ in batches(7, 2, shuffle=False)) == 4

@@ -12,13 +12,8 @@ def test_positions_go_on_after_a_shared_beginning():
 
 def test_a_token_sees_its_own_document_up_to_itself():
     seen = [row.nonzero().flatten().tolist() for row in TREE.mask()]
-    assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]] + [
-        [0, 1, 2, 5],
-        [0, 1, 2, 5, 6],
-        [0, 1, 2, 5, 6, 7],
-        [8],
-        [8, 9],
-    ]
+    assert seen[:5] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    assert seen[5:] == [[0, 1, 2, 5], [0, 1, 2, 5, 6], [0, 1, 2, 5, 6, 7], [8], [8, 9]]
 
 
 def test_kernels_for_unequal_lengths_get_the_keys_of_each_chain():
