@@ -96,8 +96,17 @@ class PrecisionConfig(Config):
 
     bf16: bool | None = opt(None, "compute in bfloat16 where safe; by default when torch_dtype is bfloat16")
     fp16: bool | None = opt(None, "compute in float16 with a dynamic loss scale; by default when torch_dtype is float16")
-    gradient_checkpointing: bool | None = opt(None, "recompute activations: less memory, a third slower; by default true except on a CPU")
+    gradient_checkpointing: bool | None = opt(
+        None, "recompute the activations of all blocks: less memory, a third slower; by default of as many as do not fit into memory"
+    )
     gradient_checkpointing_kwargs: dict[str, bool] | None = opt(None, 'JSON object: {"use_reentrant": false}')
+    torch_compile: bool = opt(False, "compile the blocks by torch.compile; slower to start, and no faster on a CPU")
+    torch_compile_backend: str | None = opt(None, "backend of torch.compile; by default inductor; turns torch_compile on")
+    torch_compile_mode: str | None = opt(
+        None,
+        "mode of torch.compile; turns torch_compile on",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
     use_cpu: bool = opt(False, "the same as --device cpu")
     use_liger_kernel: bool = opt(False, "compute norms, rotary embeddings and feed-forward layers by Liger's kernels; needs a GPU")
     full_determinism: bool = opt(False, "choose deterministic kernels everywhere, or fail")
@@ -108,10 +117,23 @@ class PrecisionConfig(Config):
             raise ConfigError("--bf16 and --fp16 exclude each other", hint="keep one")
         if self.gradient_checkpointing is False:
             self.refuse_without_effect(("gradient_checkpointing_kwargs",), "with --gradient_checkpointing false")
+        self._check_compile()
         if self.use_cpu:
             if getattr(self, "device", None) not in (None, "cpu"):
                 raise ConfigError(f"--use_cpu and --device {self.device} contradict each other", hint="keep one")  # type: ignore[attr-defined]
             self.derive("device", "cpu", "--use_cpu")
+
+    def _check_compile(self) -> None:
+        names = ("torch_compile_backend", "torch_compile_mode")
+        if self.said("torch_compile") and not self.torch_compile:
+            self.refuse_without_effect(names, "with --torch_compile false")
+        for name in names:
+            if getattr(self, name) is not None and not self.torch_compile:
+                self.derive("torch_compile", True, f"--{name}")
+        if self.torch_compile_mode and self.torch_compile_backend not in (None, "inductor"):
+            raise ConfigError("--torch_compile_mode is for the backend inductor", hint="remove it, or --torch_compile_backend")
+        if self.torch_compile and self.use_liger_kernel:
+            raise ConfigError("--torch_compile and --use_liger_kernel both replace what a block computes", hint="keep one")
 
 
 @dataclass(kw_only=True)

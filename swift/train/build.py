@@ -13,6 +13,8 @@ from swift.model.device import choose_device
 from swift.model.load import Loaded, load_model
 from swift.model.policy import packing_fault
 from swift.model.template import read_template
+from swift.train.activations import checkpoint_activations
+from swift.train.compile import check_backend
 from swift.train.liger import check_device, use_liger_kernels
 
 
@@ -23,6 +25,8 @@ def load_for_training(config: SftConfig | ModelOptions, path: Path) -> Loaded:
     """
     if config.use_liger_kernel:
         check_device(choose_device(config.device))
+    if config.torch_compile:
+        check_backend(config.torch_compile_backend or "inductor")
     if config.full_determinism:
         torch.use_deterministic_algorithms(True)
     torch_dtype = config.torch_dtype
@@ -47,11 +51,11 @@ def load_for_training(config: SftConfig | ModelOptions, path: Path) -> Loaded:
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         keep_gradients(model)
-    if config.gradient_checkpointing is None:
+    if config.gradient_checkpointing is None and isinstance(config, ModelOptions):  # a run chooses from its rows
         is_on = loaded.device.type != "cpu"
         config.derive("gradient_checkpointing", is_on, "off on a CPU, where memory is cheap" if not is_on else "saves memory")
     if config.gradient_checkpointing:
-        checkpoint_activations(model, {"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})})
+        checkpoint_activations(model, config.gradient_checkpointing_kwargs)
     if config.neftune_noise_alpha:
         add_noise(model, config.neftune_noise_alpha)
     return loaded
@@ -83,14 +87,6 @@ def keep_gradients(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
-def checkpoint_activations(model: Any, kwargs: dict[str, bool]) -> None:
-    """Recompute the activations of each block in the backward pass, by the name that this transformers has for it."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(kwargs)
-    else:
-        model.gradient_checkpointing_enable(kwargs)
 
 
 def autocast_dtype(config: SftConfig, weights: torch.dtype) -> torch.dtype | None:

@@ -58,8 +58,9 @@ def write(
     device: torch.device,
     *,
     before: list[str] | None,
+    planned: dict[str, Any],
 ) -> None:
-    """Write report.md, loss.png and plan.json into the run directory."""
+    """Write report.md, loss.png and plan.json, with what else was ``planned``, into the run directory."""
     plot_losses(run / "loss.png", state)
     was_training = model.training
     model.eval()
@@ -69,7 +70,7 @@ def write(
             before = answers(model, tokenizer, data, config)
     model.train(was_training)
     measured = {"peak_memory_gib": peak_memory_gib(device), "train_seconds": round(state.train_seconds, 3)}
-    write_json(run / "plan.json", {"planned": {"steps": state.max_steps, **data.rows.stats()}, "measured": measured})
+    write_json(run / "plan.json", {"planned": {"steps": state.max_steps, **data.rows.stats(), **planned}, "measured": measured})
     samples = [
         f"**Prompt**\n\n{_quote(text)}\n\n**Before**\n\n{_quote(old)}\n\n**After**\n\n{_quote(new)}\n\n**Expected**\n\n{_quote(expected)}\n"
         for (_, text, expected), old, new in zip(sample_prompts(tokenizer, data, config), before or [], after, strict=bool(before))

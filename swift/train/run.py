@@ -21,12 +21,15 @@ from swift.files import write_json
 from swift.model.batch import Batch
 from swift.model.checkpoints import adapter_folder, model_reference
 from swift.model.load import Loaded, pad_token_id
+from swift.model.norms import use_lean_norms
 from swift.model.policy import Policy, probe_ids
 from swift.objectives import OBJECTIVES
 from swift.parallel import STRATEGIES
 from swift.train import checkpoint as checkpoints
 from swift.train import report
+from swift.train.activations import choose_checkpointing
 from swift.train.build import autocast_dtype, choose_flat, load_for_training
+from swift.train.compile import compile_blocks
 from swift.train.loop import StepResult, StopRequest, add_to_window, ahead, close_window, evaluate, seed_step, train_step
 from swift.train.memory import peak_memory_gib
 from swift.train.optim import make_optimizer, make_schedule
@@ -89,6 +92,8 @@ class Session:
         if config.report_samples and config.changes_base:
             self.before = report.answers(loaded.model, self.tokenizer, data, config)
         self.is_flat = choose_flat(config, loaded.model)
+        if not config.torch_compile:
+            use_lean_norms(loaded.model)
         torch.manual_seed(config.seed)
         model = self.tuner.apply(loaded.model, config, total_steps=steps.total)
         if config.adapters:
@@ -102,6 +107,9 @@ class Session:
         self.tuner.attach(self.model, self.optimizer, lambda: self.state.global_step)
         self.fused = fuse(self.model, probe_ids(loaded.model, 8)) if config.tuner_type == "lora" else Fused()
         self.optimizer.register_step_post_hook(lambda *_: self.fused.changed())
+        self.checkpointing = choose_checkpointing(config, self.policy, steps, self.optimizer, self.strategy, is_flat=self.is_flat)
+        if config.torch_compile:
+            compile_blocks(self.policy, config, is_flat=self.is_flat)
         trainable, total = parameter_counts(self.model)
         console.say(
             f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}) in {_name(loaded.dtype)} "
@@ -278,7 +286,18 @@ class Session:
         return best
 
     def _finish(self, saved: Path | None) -> None:
-        report.write(self.run.path, self.config, self.model, self.tokenizer, self.data, self.state, self.device, before=self.before)
+        planned = {"memory": self.checkpointing.facts()} if self.checkpointing else {}
+        report.write(
+            self.run.path,
+            self.config,
+            self.model,
+            self.tokenizer,
+            self.data,
+            self.state,
+            self.device,
+            before=self.before,
+            planned=planned,
+        )
         facts = {
             "last_model_checkpoint": str(self.run.checkpoints()[-1]) if self.run.checkpoints() else None,
             "best_model_checkpoint": str(self.run / f"checkpoint-{self.state.best_step}") if self.state.best_step else None,
