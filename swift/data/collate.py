@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from swift.data.prefix import flatten
+from swift.data.prefix import common_root, flatten
 from swift.errors import ConfigError
 from swift.model.batch import Batch
 
@@ -15,18 +15,37 @@ IGNORED = -100
 Example = Mapping[str, Any]  # input_ids, labels, and weights or none
 
 
-def flat_batch(examples: Sequence[Example], *, share: bool = True) -> Batch:
-    """One row (1, T) without padding; beginnings that examples have in common are computed once if ``share``."""
-    documents = [np.asarray(example["input_ids"], dtype=np.int64) for example in examples]
-    flat = flatten(documents, share=share)
+def flat_batches(passes: Sequence[Sequence[Example]], *, share: bool = True) -> list[Batch]:
+    """A flat batch for each forward pass of a step; if ``share``, what all examples begin with is the root of all batches."""
+    root = 0
+    if share and len(passes) > 1:
+        examples = [example for part in passes for example in part]
+        root = common_root([_array(example["input_ids"]) for example in examples], [_array(example["labels"]) for example in examples])
+    return [flat_batch(part, share=share, root=root) for part in passes]
+
+
+def flat_batch(examples: Sequence[Example], *, share: bool = True, root: int = 0) -> Batch:
+    """One row (1, T) without padding; beginnings that examples have in common are computed once if ``share``.
+
+    The first ``root`` tokens, the same of all examples, are left out: they are ``root_ids``.
+    """
+    whole = [_array(example["input_ids"]) for example in examples]
+    flat = flatten([ids[root:] for ids in whole], share=share, root=root)
+    if root:
+        examples = [{name: example[name][root:] for name in ("labels", "weights") if example.get(name) is not None} for example in examples]
     return Batch(
         input_ids=torch.from_numpy(flat.input_ids)[None],
         position_ids=flat.layout.position_ids(),
         layout=flat.layout,
         num_documents=len(examples),
-        num_tokens=sum(map(len, documents)),
+        root_ids=torch.from_numpy(whole[0][:root].copy()) if root else None,
+        num_tokens=sum(map(len, whole)),
         **_predictions(examples, flat.places),
     )
+
+
+def _array(values: Any) -> np.ndarray:
+    return np.asarray(values, dtype=np.int64)
 
 
 def padded_batch(

@@ -23,18 +23,31 @@ class Flat:
     places: list[Ids]  # for each document: where its tokens are in the row
 
 
-def flatten(documents: Sequence[Ids], *, share: bool) -> Flat:
-    """``documents`` (none empty) as one row; equal beginnings of at least MIN_SHARED tokens stand there once, if ``share``."""
+def flatten(documents: Sequence[Ids], *, share: bool, root: int = 0) -> Flat:
+    """``documents`` (none empty) as one row; equal beginnings of at least MIN_SHARED tokens stand there once, if ``share``.
+
+    ``root`` tokens before each of them are computed elsewhere.
+    """
     if not share or len(documents) < 2:
-        layout = Layout.of_documents([len(ids) for ids in documents])
+        layout = Layout.of_documents([len(ids) for ids in documents], root)
         places = [np.arange(start, start + length) for start, length in zip(layout.starts, layout.lengths, strict=True)]
         return Flat(layout, np.concatenate(documents), places)
     tree = _Tree(documents)
     tree.grow(0, len(documents), 0, -1)
-    layout = Layout(tuple(len(part) for part in tree.parts), tuple(tree.parents))
+    layout = Layout(tuple(len(part) for part in tree.parts), tuple(tree.parents), root)
     spans = [np.arange(start, start + length) for start, length in zip(layout.starts, layout.lengths, strict=True)]
     places = [np.concatenate([spans[part] for part in layout.chains[tree.ends[index]]]) for index in range(len(documents))]
     return Flat(layout, np.concatenate(tree.parts), places)
+
+
+def common_root(documents: Sequence[Ids], labels: Sequence[Ids]) -> int:
+    """Tokens that all ``documents`` begin with and that predict nothing which is trained; 0 if they are too few to matter."""
+    root = min(len(documents[0]), *(common_prefix(documents[0], ids) for ids in documents[1:])) if len(documents) > 1 else 0
+    for own in labels:
+        trained = np.flatnonzero(own[1 : root + 1] != -100)
+        if len(trained):
+            root = int(trained[0])  # the token before the first trained one predicts it
+    return root if root >= MIN_SHARED else 0
 
 
 def common_prefix(a: Ids, b: Ids) -> int:

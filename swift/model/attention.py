@@ -21,6 +21,35 @@ NO_MASK_SHAPE = (1, 1, 1, 1)
 # H query heads, G key heads, T tokens of the flat row, Q queries of a segment, K keys that they see, d width of a head
 
 
+class Root:
+    """Keys and values, in each layer, of the tokens that all documents of a step begin with: computed once, used by each pass.
+
+    The passes of the step see copies outside of the graph, whose gradients add up; ``backward`` hands the sums on to the
+    pass that computed the root.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._seen: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def keep(self, module: Any, key: Tensor, value: Tensor) -> None:
+        if module not in self._kept:  # a block that is recomputed comes here again
+            self._kept[module] = (key, value)
+            self._seen[module] = tuple(part.detach().requires_grad_(part.requires_grad) for part in (key, value))  # type: ignore[assignment]
+
+    def before(self, module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The root's keys and values of this layer, with those of a row after them."""
+        root_key, root_value = self._seen[module]
+        return torch.cat([root_key, key], dim=2), torch.cat([root_value, value], dim=2)
+
+    def backward(self) -> None:
+        """The backward pass of the root, with the gradients of all passes that used it."""
+        pairs = [(mine, seen.grad) for module in self._kept for mine, seen in zip(self._kept[module], self._seen[module], strict=True)]
+        pairs = [(mine, gradient) for mine, gradient in pairs if gradient is not None]
+        if pairs:
+            torch.autograd.backward([mine for mine, _ in pairs], [gradient for _, gradient in pairs])
+
+
 def use_packed_attention(model: Any) -> None:
     """Let ``model`` take ``layout=``. Raises ModelError if its attention cannot be replaced."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -42,18 +71,22 @@ def use_packed_attention(model: Any) -> None:
         raise ModelError(f"the attention of {type(model).__name__} cannot be replaced")
 
 
-def packed_inputs(layout: Layout, device: torch.device) -> dict[str, Any]:
-    """What a forward pass over a flattened batch takes besides the tokens."""
-    return {"layout": layout, "attention_mask": torch.zeros(NO_MASK_SHAPE, dtype=torch.bool, device=device)}
+def packed_inputs(layout: Layout, device: torch.device, root: Root | None = None) -> dict[str, Any]:
+    """What a forward pass over a flattened batch takes besides the tokens; ``root`` is filled by the pass of a root."""
+    return {"layout": layout, "root": root, "attention_mask": torch.zeros(NO_MASK_SHAPE, dtype=torch.bool, device=device)}
 
 
 def _attention_after(base: str) -> Any:
     """The attention function that is packed with a layout, and ``base``'s without one."""
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
-        layout = options.pop("layout", None)
+        layout, root = options.pop("layout", None), options.pop("root", None)
         if layout is None:
             return _unpacked(base, module)(module, query, key, value, attention_mask, **options)
+        if root is not None and layout.root:
+            key, value = root.before(module, key, value)
+        elif root is not None:
+            root.keep(module, key, value)
         return packed_attention(query, key, value, layout, base=base, **options), None
 
     return attention
@@ -84,7 +117,7 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """(1, T, H, d) from query (1, H, T, d) and key and value (1, G, T, d).
+    """(1, T, H, d) from query (1, H, T, d) and key and value (1, G, root + T, d).
 
     ``sliding_window`` w: a token sees itself and the w - 1 before it. ``softcap`` c: scores are c tanh(score / c).
     ``s_aux`` (H,): a score for attending to nothing. The kernels for sequences of unequal length serve half precision on
@@ -95,14 +128,16 @@ def packed_attention(
     if is_plain and dropout == 0 and query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
         return _varlen(query, key, value, layout, scaling, sliding_window)
     queries = query.split(layout.lengths, dim=2)
-    keys, values = key.split(layout.lengths, dim=2), value.split(layout.lengths, dim=2)
+    parts = (layout.root, *layout.lengths)
+    keys, values = key.split(parts, dim=2), value.split(parts, dim=2)
     outputs = []
     for segment, chain in enumerate(layout.chains):
-        k = keys[segment] if len(chain) == 1 else torch.cat([keys[part] for part in chain], dim=2)
-        v = values[segment] if len(chain) == 1 else torch.cat([values[part] for part in chain], dim=2)
+        seen = [*([0] if layout.root else []), *(part + 1 for part in chain)]
+        k = keys[segment + 1] if len(seen) == 1 else torch.cat([keys[part] for part in seen], dim=2)
+        v = values[segment + 1] if len(seen) == 1 else torch.cat([values[part] for part in seen], dim=2)
         q = queries[segment]
         if is_plain and base != "eager":
-            is_simple = len(chain) == 1 and (sliding_window is None or k.shape[2] <= sliding_window)
+            is_simple = len(seen) == 1 and (sliding_window is None or k.shape[2] <= sliding_window)
             mask = None if is_simple else _causal(q.shape[2], k.shape[2], sliding_window, q.device)
             outputs.append(_sdpa(q, k, v, mask, scaling, dropout))
         else:

@@ -23,6 +23,7 @@ class Batch:
     position_ids: Tensor | None = None  # (B, T) int64
     attention_mask: Tensor | None = None  # (B, T) int64, 1 where no padding is
     layout: Layout | None = None
+    root_ids: Tensor | None = None  # (P,) int64: the layout's root, the same of all batches of a step
     kept_K: Tensor  # int64, ascending: positions that predict something
     row_S: Tensor  # int64: index into kept_K of each prediction
     target_S: Tensor  # int64: the token that is right

@@ -16,15 +16,19 @@ class Layout:
     A document is a chain: its last segment, that one's parent, and so on to a segment without a parent (-1). Documents
     without a common beginning are one segment each. A token sees its chain up to itself and nothing else. A parent
     stands before its children, so that keys are always at smaller indices than queries.
+
+    ``root``: tokens that every document begins with and that were computed before, in a pass of their own. They are no
+    part of the row; their keys stand before its own.
     """
 
     lengths: tuple[int, ...]
     parents: tuple[int, ...]
+    root: int = 0
 
     @classmethod
-    def of_documents(cls, lengths: Sequence[int]) -> "Layout":
-        """Documents that share nothing."""
-        return cls(tuple(lengths), (-1,) * len(lengths))
+    def of_documents(cls, lengths: Sequence[int], root: int = 0) -> "Layout":
+        """Documents that share nothing but the root."""
+        return cls(tuple(lengths), (-1,) * len(lengths), root)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -37,10 +41,10 @@ class Layout:
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
-        """Tokens of the chain that come before each segment."""
+        """Tokens of the document that come before each segment."""
         depths: list[int] = []
         for parent in self.parents:
-            depths.append(0 if parent < 0 else depths[parent] + self.lengths[parent])
+            depths.append(self.root if parent < 0 else depths[parent] + self.lengths[parent])
         return tuple(depths)
 
     @cached_property
@@ -61,14 +65,14 @@ class Layout:
         return torch.cat(parts).unsqueeze(0)
 
     def mask(self) -> torch.Tensor:
-        """(T, T) bool, true where the row's token sees the column's: the definition that faster ways are tested against."""
+        """(T, root + T) bool, true where the row's token sees the column's: the definition that faster ways are tested against."""
         seen = torch.zeros(self.num_tokens, self.num_tokens, dtype=torch.bool)
         for start, length, chain in zip(self.starts, self.lengths, self.chains, strict=True):
             for segment in chain[:-1]:
                 begin = self.starts[segment]
                 seen[start : start + length, begin : begin + self.lengths[segment]] = True
             seen[start : start + length, start : start + length] = torch.ones(length, length, dtype=torch.bool).tril()
-        return seen
+        return torch.cat([torch.ones(self.num_tokens, self.root, dtype=torch.bool), seen], dim=1)
 
     @cached_property
     def varlen(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
@@ -77,9 +81,10 @@ class Layout:
         The keys of each segment are gathered, so a shared beginning is read by each segment that continues it; such
         kernels align the last query with the last key, which is what a continued segment needs.
         """
-        keys = [
-            torch.cat([torch.arange(self.starts[part], self.starts[part] + self.lengths[part]) for part in chain]) for chain in self.chains
+        spans = [
+            torch.arange(self.root + start, self.root + start + length) for start, length in zip(self.starts, self.lengths, strict=True)
         ]
+        keys = [torch.cat([torch.arange(self.root), *(spans[part] for part in chain)]) for chain in self.chains]
         ends_q = torch.tensor([0, *self.lengths]).cumsum(0).to(torch.int32)
         ends_k = torch.tensor([0, *(len(key) for key in keys)]).cumsum(0).to(torch.int32)
         return torch.cat(keys), ends_q, ends_k, max(self.lengths), max(len(key) for key in keys)

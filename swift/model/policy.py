@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from swift.errors import ModelError
-from swift.model.attention import packed_inputs, use_packed_attention
+from swift.model.attention import Root, packed_inputs, use_packed_attention
 from swift.model.batch import Batch
 from swift.model.chunked import chunked_cross_entropy
 from swift.model.layout import Layout
@@ -31,6 +31,7 @@ class Policy:
         self.decoder = self.inner.base_model
         self.router_aux_loss_coef = router_aux_loss_coef
         self._output_type: Any = None
+        self._root: Root | None = None
         self.has_own_head = self.decoder is not self.inner and self._head_is_separable()
 
     def cross_entropy(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -53,13 +54,33 @@ class Policy:
             loss = loss + self.router_aux_loss_coef * (batch.weight_S != 0).sum() * self._balance(routers)
         return loss, right
 
+    @contextlib.contextmanager
+    def root(self, ids_P: Tensor | None) -> Iterator[None]:
+        """Within, batches whose layout has a root of P tokens continue ``ids_P``, which are computed once, here.
+
+        Their gradient is taken when the block ends, after the backward passes of all batches.
+        """
+        if ids_P is None:
+            yield
+            return
+        layout = Layout.of_documents([len(ids_P)])
+        self._root = Root()
+        inputs = packed_inputs(layout, ids_P.device, self._root)
+        self.decoder(input_ids=ids_P[None], position_ids=layout.position_ids().to(ids_P.device), use_cache=False, **inputs)
+        try:
+            yield
+            if torch.is_grad_enabled():
+                self._root.backward()
+        finally:
+            self._root = None
+
     def _decode(self, batch: Batch) -> tuple[Tensor, Any]:
         """Hidden states (B, T, D), and the routers' logits if they are to be balanced."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.position_ids is not None:
             inputs["position_ids"] = batch.position_ids
         if batch.layout is not None:
-            inputs |= packed_inputs(batch.layout, batch.input_ids.device)
+            inputs |= packed_inputs(batch.layout, batch.input_ids.device, self._root)
         elif batch.attention_mask is not None:
             inputs["attention_mask"] = batch.attention_mask
         if self.router_aux_loss_coef:
@@ -159,7 +180,16 @@ def _keeps_documents_apart(model: Any) -> bool:
             changed[:, places] = ids[:, places]
             if not _is_close(packed(changed)[places], first[places], exactly=True):
                 return False
-    return True
+        return _is_close(_after_root(model, ids[:, :7]), first[3:7])
+
+
+def _after_root(model: Any, ids: Tensor) -> Tensor:
+    """Logits of all but the first three tokens, which are computed before."""
+    root, before, rest = Root(), Layout((3,), (-1,)), Layout((ids.shape[1] - 3,), (-1,), root=3)
+    for layout, part in ((before, ids[:, :3]), (rest, ids[:, 3:])):
+        inputs = packed_inputs(layout, ids.device, root)
+        logits: Tensor = model(input_ids=part, position_ids=layout.position_ids().to(ids.device), use_cache=False, **inputs).logits[0]
+    return logits
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The contract of an objective, and what it sees of a model and a batch."""
 
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -23,6 +24,9 @@ class Policy(Protocol):
 
     def cross_entropy(self, batch: Any) -> tuple[Tensor, Tensor]:
         """(sum of weight times -log p over the predictions, number of right ones)."""
+
+    def root(self, ids_P: Any) -> AbstractContextManager[None]:
+        """Within, batches continue tokens that are computed once (None: there are none)."""
 
 
 class Objective(Protocol):

@@ -1,5 +1,6 @@
 """The training loop. It knows nothing of losses, models or parallelism."""
 
+import contextlib
 import math
 import queue
 import signal
@@ -44,18 +45,23 @@ def train_step(
     """
     count = sum(objective.count(batch) for batch in batches)
     loss_sum, metrics = 0.0, dict[str, float]()
-    for batch in batches:
+    root_ids = batches[0].root_ids
+    with contextlib.ExitStack() as root:
         with strategy.autocast():
-            batch_sum, batch_metrics = objective.loss_sum(policy, None, batch.to(device))
-        value = float(batch_sum.detach())
-        if not math.isfinite(value):
-            raise TrainingError(f"the loss is {value}")
-        strategy.backward(batch_sum / max(count, 1.0))
-        loss_sum += value
-        for name, metric in batch_metrics.items():
-            metrics[name] = metrics.get(name, 0.0) + float(metric)
+            root.enter_context(policy.root(root_ids.to(device) if root_ids is not None else None))
+        for batch in batches:
+            with strategy.autocast():
+                batch_sum, batch_metrics = objective.loss_sum(policy, None, batch.to(device))
+            value = float(batch_sum.detach())
+            if not math.isfinite(value):
+                raise TrainingError(f"the loss is {value}")
+            strategy.backward(batch_sum / max(count, 1.0))
+            loss_sum += value
+            for name, metric in batch_metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + float(metric)
     grad_norm, was_applied = strategy.clip_and_step(max_grad_norm)
     tokens, computed = sum(batch.num_tokens for batch in batches), sum(batch.num_computed for batch in batches)
+    computed += len(root_ids) if root_ids is not None else 0
     return StepResult(loss_sum / max(count, 1.0), loss_sum, count, metrics, grad_norm, tokens, computed, was_applied)
 
 

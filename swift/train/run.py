@@ -4,7 +4,7 @@ import contextlib
 import functools
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from swift import audit, console, hub
 from swift.config.commands import SftConfig
 from swift.config.options import to_dict
-from swift.data.collate import flat_batch, padded_batch
+from swift.data.collate import flat_batches, padded_batch
 from swift.data.load import append_rejected, keep_rejected
 from swift.errors import Interrupted, TrainingError
 from swift.files import write_json
@@ -198,7 +198,7 @@ class Session:
     def _evaluate(self) -> None:
         """Loss over the validation rows; remembers the best step."""
         assert self.data.validation is not None
-        parts = map(self._collate, self._evaluation_passes(self.data.validation))
+        parts = (batch for examples in self._evaluation_passes(self.data.validation) for batch in self._collate([examples]))
         values = evaluate(self.policy, parts, objective=self.objective, strategy=self.strategy, device=self.device)
         self.state.log_history.append(self.trackers.log(self.state.global_step, self.state.epoch, values))
         if self.state.global_step == 0:
@@ -259,12 +259,14 @@ class Session:
         start = Place(**self.state.place) if self.state.place else self.steps.place_at(self.state.global_step)
         steps = self.steps.iterate(Place() if self.config.ignore_data_skip else start, is_flat=self.is_flat)
         left = itertools.islice(steps, self.steps.total - self.state.global_step)
-        return ahead(((step, [self._collate(examples) for examples in step.passes]) for step in left), self.config.dataloader_num_workers)
+        return ahead(((step, self._collate(step.passes)) for step in left), self.config.dataloader_num_workers)
 
-    def _collate(self, examples: list[Any]) -> Batch:
+    def _collate(self, passes: Sequence[list[Any]]) -> list[Batch]:
+        """The batches of a step's forward passes."""
         if self.is_flat:
-            return flat_batch(examples, share=self.config.share_prefixes)
-        return padded_batch(examples, pad_token_id=pad_token_id(self.tokenizer), padding_side=self.config.padding_side)
+            return flat_batches(passes, share=self.config.share_prefixes)
+        pad, side = pad_token_id(self.tokenizer), self.config.padding_side
+        return [padded_batch(examples, pad_token_id=pad, padding_side=side) for examples in passes]
 
     def _evaluation_passes(self, validation: Any) -> Iterator[list[Any]]:
         """All validation rows, in forward passes."""

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from swift.data.collate import flat_batch, padded_batch
+from swift.data.collate import flat_batch, flat_batches, padded_batch
 from swift.errors import ConfigError
 
 SHORT = {"input_ids": [1, 2], "labels": [-100, 2]}
@@ -63,3 +63,20 @@ def test_a_trained_token_of_a_shared_beginning_counts_for_each_document():
     shared = np.arange(100, 120)
     made = [{"input_ids": np.append(shared, end), "labels": np.append(np.where(shared == 110, shared, -100), end)} for end in (7, 8)]
     assert predictions(flat_batch(made)) == [(9, 110, 1.0, 0), (9, 110, 1.0, 1), (19, 7, 1.0, 0), (19, 8, 1.0, 1)]
+
+
+def test_what_all_passes_of_a_step_begin_with_is_their_root():
+    shared = list(range(100, 120))
+    made = [{"input_ids": [*shared, 5, end], "labels": [-100] * 21 + [end], "weights": [0.0] * 21 + [0.5]} for end in (7, 8, 9)]
+    first, second = flat_batches([made[:2], made[2:]])
+    assert first.root_ids.tolist() == second.root_ids.tolist() == shared  # 5 predicts what is trained
+    assert first.input_ids.tolist() == [[5, 7, 5, 8]]
+    assert first.layout.root == 20
+    assert predictions(first) == [(0, 7, 0.5, 0), (2, 8, 0.5, 1)]
+    assert (first.num_tokens, first.num_computed, second.num_tokens, second.num_computed) == (44, 4, 22, 2)
+
+
+def test_one_pass_alone_has_no_root():
+    shared = list(range(100, 120))
+    (batch,) = flat_batches([[{"input_ids": [*shared, end], "labels": [-100] * 20 + [end]} for end in (7, 8)]])
+    assert batch.root_ids is None and batch.layout.root == 0

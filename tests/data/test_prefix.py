@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from swift.data import prefix
-from swift.data.prefix import common_prefix, flatten
+from swift.data.prefix import common_prefix, common_root, flatten
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +66,22 @@ def test_random_documents_are_always_found_again():
         assert flat.layout.num_tokens <= sum(map(len, documents))
         for place in flat.places:  # a chain is what its tokens see
             assert np.array_equal(np.flatnonzero(flat.layout.mask()[place[-1]].numpy()), np.sort(place))
+
+
+@pytest.mark.parametrize(
+    ("labels", "root"),
+    [
+        ([-100, -100, -100, -100, 7], 3),  # 1 2 3 begin all; 4 and 5 differ
+        ([-100, -100, -100, 4, 7], 2),  # 3 predicts the 4 that is trained, so it is no part of the root
+        ([-100, 2, 3, 4, 7], 0),  # 1 predicts a trained token: nothing is left
+    ],
+)
+def test_a_root_predicts_nothing_that_is_trained(labels, root):
+    documents = arrays([1, 2, 3, 4, 7], [1, 2, 3, 5, 9])
+    assert common_root(documents, [np.array(labels), np.array([-100] * 4 + [9])]) == root
+
+
+def test_documents_after_a_root_go_on_from_it():
+    flat = flatten(arrays([4, 7], [5, 9, 9]), share=True, root=3)
+    assert flat.layout.root == 3
+    assert flat.layout.position_ids().tolist() == [[3, 4, 3, 4, 5]]

@@ -60,6 +60,21 @@ def test_scores_are_capped_and_sinks_take_their_share():
     same(found, by_definition(*inputs[:3], TREE.mask(), softcap=2.0, sinks=inputs[3]), inputs)
 
 
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_keys_of_a_root_are_seen_by_every_document(base, window):
+    layout = Layout(TREE.lengths, TREE.parents, root=6)
+    query, key, value = tensors()
+    generator = torch.Generator().manual_seed(3)
+    key, value = (torch.cat([torch.randn(1, G, 6, D, generator=generator), part], dim=2).detach().requires_grad_() for part in (key, value))
+    mask = layout.mask()
+    if window:
+        positions = torch.cat([torch.arange(6), layout.position_ids()[0]])
+        mask = mask & (positions[6:, None] - positions[None, :] < window)
+    found = packed_attention(query, key, value, layout, base=base, sliding_window=window)
+    same(found, by_definition(query, key, value, mask), [query, key, value])
+
+
 def test_another_document_changes_nothing():
     query, key, value = tensors()
     before = packed_attention(query, key, value, TREE)

@@ -29,3 +29,13 @@ def test_documents_that_share_nothing_are_one_segment_each():
     layout = Layout.of_documents([2, 1])
     assert layout.chains == ((0,), (1,))
     assert layout.position_ids().tolist() == [[0, 1, 0]]
+
+
+def test_a_root_stands_before_all_documents():
+    layout = Layout(lengths=(1, 1, 2), parents=(-1, 0, -1), root=2)
+    assert layout.position_ids().tolist() == [[2, 3, 2, 3]]
+    assert [row.nonzero().flatten().tolist() for row in layout.mask()] == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5]]
+    index, _, ends_k, _, most_k = layout.varlen
+    assert index.tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 4, 5]
+    assert ends_k.tolist() == [0, 3, 7, 11]
+    assert most_k == 4

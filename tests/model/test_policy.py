@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from swift.data.collate import flat_batch, padded_batch
+from swift.data.collate import flat_batch, flat_batches, padded_batch
 from swift.model.policy import Policy, packing_fault
 
 SMALL = {
@@ -95,6 +95,30 @@ def test_a_flat_row_of_documents_gives_each_ones_own_loss_and_gradients(family, 
     assert found_gradients.keys() == wanted_gradients.keys()
     for name, gradient in wanted_gradients.items():
         torch.testing.assert_close(found_gradients[name], gradient, atol=2e-4 * float(gradient.abs().max() + 1e-3), rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_root_computed_once_for_several_passes_gives_the_same_loss_and_gradients(family):
+    model = build(family)
+    shared = torch.randint(3, 128, (18,), generator=torch.Generator().manual_seed(4)).tolist()
+    rows = [{"input_ids": shared + row["input_ids"], "labels": [-100] * 18 + row["labels"]} for row in examples()]
+    policy = Policy(model)
+    wanted = policy.cross_entropy(padded_batch(rows, pad_token_id=0))[0]
+    wanted_gradients = gradients(model, wanted)
+    assert packing_fault(model) is None
+    model.zero_grad()
+    batches = flat_batches([rows[:2], rows[2:]])
+    assert len(batches[0].root_ids) == 18
+    found = torch.zeros(())
+    with policy.root(batches[0].root_ids):
+        for batch in batches:
+            loss = policy.cross_entropy(batch)[0]
+            loss.backward()
+            found = found + loss.detach()
+    torch.testing.assert_close(found, wanted.detach(), atol=0, rtol=1e-5)
+    for name, gradient in wanted_gradients.items():
+        found_gradient = dict(model.named_parameters())[name].grad
+        torch.testing.assert_close(found_gradient, gradient, atol=2e-4 * float(gradient.abs().max() + 1e-3), rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])

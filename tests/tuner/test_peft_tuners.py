@@ -81,6 +81,7 @@ def test_adalora_has_to_know_the_number_of_steps(two_layers):
         tune(two_layers, total_steps=5, adalora_tinit=3, adalora_tfinal=2, **ADALORA)
 
 
+@pytest.mark.filterwarnings("ignore:The distutils package is deprecated:DeprecationWarning")  # torch.utils.cpp_extension imports it
 def test_boft_compiles_nothing_without_a_gpu(two_layers, monkeypatch):
     monkeypatch.setattr("torch.utils.cpp_extension.load", lambda **_: pytest.fail("compiles"))
     monkeypatch.setattr(boft, "_FBD_CUDA", None)
