@@ -64,6 +64,14 @@ class Layout:
         parts = [torch.arange(depth, depth + length) for depth, length in zip(self.depths, self.lengths, strict=True)]
         return torch.cat(parts).unsqueeze(0)
 
+    def document_lengths(self) -> torch.Tensor:
+        """(T,) int64: how long the document of each token is; the longest one if several share it."""
+        longest = [depth + length for depth, length in zip(self.depths, self.lengths, strict=True)]
+        for segment in reversed(range(len(longest))):
+            if (parent := self.parents[segment]) >= 0:
+                longest[parent] = max(longest[parent], longest[segment])
+        return torch.tensor(longest).repeat_interleave(torch.tensor(self.lengths))
+
     def mask(self) -> torch.Tensor:
         """(T, root + T) bool, true where the row's token sees the column's: the definition that faster ways are tested against."""
         seen = torch.zeros(self.num_tokens, self.num_tokens, dtype=torch.bool)

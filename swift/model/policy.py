@@ -18,6 +18,7 @@ from swift.model.attention import Root, packed_inputs, use_packed_attention
 from swift.model.batch import Batch
 from swift.model.chunked import chunked_cross_entropy
 from swift.model.layout import Layout
+from swift.model.noise import tell_lengths
 
 # B rows, T tokens of a row, K positions whose prediction is wanted, D model width, C positions of a part, V vocabulary
 
@@ -55,16 +56,18 @@ class Policy:
         return loss, right
 
     @contextlib.contextmanager
-    def root(self, ids_P: Tensor | None) -> Iterator[None]:
+    def root(self, ids_P: Tensor | None, document_length: int | None = None) -> Iterator[None]:
         """Within, batches whose layout has a root of P tokens continue ``ids_P``, which are computed once, here.
 
-        Their gradient is taken when the block ends, after the backward passes of all batches.
+        Their gradient is taken when the block ends, after the backward passes of all batches. ``document_length`` is that of
+        the longest document that continues them.
         """
         if ids_P is None:
             yield
             return
         layout = Layout.of_documents([len(ids_P)])
         self._root = Root()
+        tell_lengths(self.inner, None if document_length is None else torch.full((len(ids_P),), document_length))
         inputs = packed_inputs(layout, ids_P.device, self._root)
         self.decoder(input_ids=ids_P[None], position_ids=layout.position_ids().to(ids_P.device), use_cache=False, **inputs)
         try:
@@ -77,6 +80,7 @@ class Policy:
     def _decode(self, batch: Batch) -> tuple[Tensor, Any]:
         """Hidden states (B, T, D), and the routers' logits if they are to be balanced."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        tell_lengths(self.inner, batch.layout.document_lengths() if batch.layout is not None else None)
         if batch.position_ids is not None:
             inputs["position_ids"] = batch.position_ids
         if batch.layout is not None:

@@ -25,7 +25,7 @@ class Policy(Protocol):
     def cross_entropy(self, batch: Any) -> tuple[Tensor, Tensor]:
         """(sum of weight times -log p over the predictions, number of right ones)."""
 
-    def root(self, ids_P: Any) -> AbstractContextManager[None]:
+    def root(self, ids_P: Any, document_length: int | None = None) -> AbstractContextManager[None]:
         """Within, batches continue tokens that are computed once (None: there are none)."""
 
 

@@ -11,6 +11,7 @@ from swift.engine.load import quantization
 from swift.errors import ConfigError
 from swift.model.device import choose_device
 from swift.model.load import Loaded, load_model
+from swift.model.noise import add_noise
 from swift.model.policy import packing_fault
 from swift.model.template import read_template
 from swift.train.activations import checkpoint_activations
@@ -96,15 +97,3 @@ def autocast_dtype(config: SftConfig, weights: torch.dtype) -> torch.dtype | Non
     if config.bf16 or (config.bf16 is None and weights == torch.bfloat16):
         return torch.bfloat16
     return None
-
-
-def add_noise(model: torch.nn.Module, alpha: float) -> None:
-    """Uniform noise of scale alpha / sqrt(T * D) on the embeddings while training (NEFTune, Jain et al. 2023, arXiv:2310.05914)."""
-
-    def noisy(module: torch.nn.Module, args: object, embedded_BTD: torch.Tensor) -> torch.Tensor:
-        if not module.training:
-            return embedded_BTD
-        scale = alpha / (embedded_BTD.shape[1] * embedded_BTD.shape[2]) ** 0.5
-        return embedded_BTD + torch.empty_like(embedded_BTD).uniform_(-scale, scale)
-
-    model.get_input_embeddings().register_forward_hook(noisy)  # type: ignore[operator]

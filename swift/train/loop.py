@@ -46,9 +46,10 @@ def train_step(
     count = sum(objective.count(batch) for batch in batches)
     loss_sum, metrics = 0.0, dict[str, float]()
     root_ids = batches[0].root_ids
+    longest = max((int(batch.layout.document_lengths().max()) for batch in batches if batch.layout is not None), default=None)
     with contextlib.ExitStack() as root:
         with strategy.autocast():
-            root.enter_context(policy.root(root_ids.to(device) if root_ids is not None else None))
+            root.enter_context(policy.root(root_ids.to(device) if root_ids is not None else None, longest))
         for batch in batches:
             with strategy.autocast():
                 batch_sum, batch_metrics = objective.loss_sum(policy, None, batch.to(device))

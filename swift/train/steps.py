@@ -4,9 +4,10 @@ Rows that are all known are one block that is trained again and again, in anothe
 after the other; where the next one begins is kept in the checkpoint.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy.typing as npt
@@ -109,7 +110,6 @@ class Steps:
     rows: Encoded | Stream
     cutting: Cutting
     total: int
-    _packs: list[list[list[int]] | None] = field(default_factory=list)
 
     @property
     def per_epoch(self) -> int | None:
@@ -118,12 +118,11 @@ class Steps:
             return None
         return -(-(len(self.rows) if self.packs is None else len(self.packs)) // self.cutting.units_per_step)
 
-    @property
+    @functools.cached_property
     def packs(self) -> list[list[int]] | None:
+        """The packs of rows that are all known."""
         assert isinstance(self.rows, Encoded)
-        if not self._packs:
-            self._packs.append(self.cutting.packs(self.rows))
-        return self._packs[0]
+        return self.cutting.packs(self.rows)
 
     def epoch_at(self, step: int) -> float:
         """Epochs that are done after ``step`` steps; of a stream the share of the run."""

@@ -39,3 +39,7 @@ def test_a_root_stands_before_all_documents():
     assert index.tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 4, 5]
     assert ends_k.tolist() == [0, 3, 7, 11]
     assert most_k == 4
+
+
+def test_a_shared_token_is_in_the_longest_of_its_documents():
+    assert TREE.document_lengths().tolist() == [6, 6, 6, 5, 5, 6, 6, 6, 2, 2]

@@ -282,7 +282,7 @@ def test_only_a_model_can_be_taken_over(run):
 
 
 def test_the_embeddings_get_noise_of_the_size_that_neftune_says(tiny_model):
-    from swift.train.build import add_noise
+    from swift.model.noise import add_noise
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model).train()
     ids = torch.arange(4, 20).unsqueeze(0)

@@ -15,8 +15,8 @@ from transformers.utils import logging as hf_logging
 from swift.config.commands import SftConfig
 from swift.config.options import build
 from swift.model.load import Quantization, load_model
+from swift.model.noise import add_noise
 from swift.parallel.single import Single
-from swift.train.build import add_noise
 from swift.train.optim import make_optimizer
 from swift.tuner import TUNERS
 from tests.tiny import make_model
