@@ -7,14 +7,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import contextlib
 from pathlib import Path
 
 import pytest
-
-with contextlib.suppress(ImportError):
-    # torch imports it to compile, and it fails if Python's own distutils was imported before, by whichever test.
-    import setuptools  # noqa: F401
 
 from tests.tiny import make_model
 
