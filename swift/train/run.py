@@ -165,7 +165,7 @@ class Session:
                 device=self.device,
             )
         except TrainingError as problem:
-            raise self._with_batch_dumped(problem, batches) from problem
+            raise self._with_rows_dumped(problem, step) from problem
         rate = self.optimizer.param_groups[0]["lr"]
         if result.was_applied:
             self.schedule.step()
@@ -324,11 +324,14 @@ class Session:
     def _on_stop(self) -> None:
         console.notice("stopping after this step; press Ctrl-C again to stop at once")
 
-    def _with_batch_dumped(self, problem: TrainingError, batches: list[Batch]) -> TrainingError:
-        """The error with the place of a file that holds the step's rows."""
+    def _with_rows_dumped(self, problem: TrainingError, step: Step) -> TrainingError:
+        """The error with the place of a file that holds the step's rows, each by itself and whole."""
         at = self.state.global_step + 1
         path = self.run / f"bad-step-{at}.json"
-        rows = [{"input_ids": ids, "text": self.tokenizer.decode(ids)} for batch in batches for ids in batch.input_ids.tolist()]
+        rows = []
+        for example in itertools.chain.from_iterable(step.passes):
+            ids, labels = ([int(value) for value in example[name]] for name in ("input_ids", "labels"))
+            rows.append({"input_ids": ids, "labels": labels, "text": self.tokenizer.decode(ids)})
         write_json(path, {"step": at, "problem": problem.message, "rows": rows})
         return TrainingError(
             f"step {at}: {problem.message}; its rows are in {path}",

@@ -244,6 +244,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_rows(run, tiny_mo
     assert caught.value.exit_code == 1
 
 
+def test_rows_side_by_side_are_left_each_by_itself_and_whole(run, tmp_path):
+    with pytest.raises(TrainingError, match=r"bad-step-2\.json"):
+        run(tuner_type="full", learning_rate=1e30, lr_scheduler_type="constant")
+    dumped = json.loads((tmp_path / "run" / "bad-step-2.json").read_text())
+    assert len(dumped["rows"]) == 8
+    for row in dumped["rows"]:
+        assert row["text"].startswith("<|im_start|>user\nquestion")
+        assert row["text"].count("<|im_start|>") == 2
+        trained = [(token, label) for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+        assert trained and all(token == label for token, label in trained)
+
+
 def test_a_run_directory_in_use_is_refused(run, tmp_path):
     with RunDirectory(tmp_path / "run"), pytest.raises(MachineError, match="in use"):
         run()
