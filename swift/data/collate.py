@@ -16,12 +16,15 @@ Example = Mapping[str, Any]  # input_ids, labels, and weights or none
 
 
 def flat_batches(passes: Sequence[Sequence[Example]], *, share: bool = True) -> list[Batch]:
-    """A flat batch for each forward pass of a step; if ``share``, what all examples begin with is the root of all batches."""
+    """A flat batch for each forward pass of a step; if ``share``, what all examples begin with is the root of all batches.
+
+    The largest one comes first, so that the memory it leaves is enough for each of the others.
+    """
     root = 0
     if share and len(passes) > 1:
         examples = [example for part in passes for example in part]
         root = common_root([_array(example["input_ids"]) for example in examples], [_array(example["labels"]) for example in examples])
-    return [flat_batch(part, share=share, root=root) for part in passes]
+    return sorted((flat_batch(part, share=share, root=root) for part in passes), key=lambda batch: -batch.num_computed)
 
 
 def flat_batch(examples: Sequence[Example], *, share: bool = True, root: int = 0) -> Batch:

@@ -4,7 +4,6 @@ A model is switched once (`use_packed_attention`). After that a forward pass wit
 without it (evaluation of padded rows, generation) does what the model did before.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from swift.errors import ModelError
 from swift.model.layout import Layout
+from swift.model.segments import causal, has_kernel, is_causal, seen_by, segment_attention
 
 PREFIX = "swift_"
 # A mask of four dimensions is handed on by transformers as it is, so that no (T, T) mask is made.
@@ -127,39 +127,20 @@ def packed_attention(
     is_plain = softcap is None and s_aux is None
     if is_plain and dropout == 0 and query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
         return _varlen(query, key, value, layout, scaling, sliding_window)
-    queries = query.split(layout.lengths, dim=2)
-    parts = (layout.root, *layout.lengths)
-    keys, values = key.split(parts, dim=2), value.split(parts, dim=2)
+    if is_plain and dropout == 0 and base != "eager" and has_kernel(query, value):
+        return segment_attention(query, key, value, layout, scaling, sliding_window)
     outputs = []
-    for segment, chain in enumerate(layout.chains):
-        seen = [*([0] if layout.root else []), *(part + 1 for part in chain)]
-        k = keys[segment + 1] if len(seen) == 1 else torch.cat([keys[part] for part in seen], dim=2)
-        v = values[segment + 1] if len(seen) == 1 else torch.cat([values[part] for part in seen], dim=2)
-        q = queries[segment]
+    for begin, length, spans in zip(layout.starts, layout.lengths, layout.spans, strict=True):
+        q, k, v = query[:, :, begin : begin + length], seen_by(key, spans), seen_by(value, spans)
         if is_plain and base != "eager":
-            is_simple = len(seen) == 1 and (sliding_window is None or k.shape[2] <= sliding_window)
-            mask = None if is_simple else _causal(q.shape[2], k.shape[2], sliding_window, q.device)
-            outputs.append(_sdpa(q, k, v, mask, scaling, dropout))
+            mask = None if is_causal(length, k.shape[2], sliding_window) else causal(length, k.shape[2], sliding_window, q.device)
+            options: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None, "dropout_p": dropout, "scale": scaling}
+            output = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
         else:
-            mask = _causal(q.shape[2], k.shape[2], sliding_window, q.device)
-            outputs.append(_eager(q, k, v, mask, scaling, dropout, softcap, s_aux))
-    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)  # kernels write in this order: nothing is copied twice
-
-
-@functools.lru_cache(maxsize=256)  # all layers of a pass ask for the same ones
-def _causal(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
-    """(Q, K) bool: the last query sees the last key."""
-    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
-    if sliding_window is not None:
-        mask = mask.triu(num_keys - num_queries - sliding_window + 1)
-    return mask
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:
-    is_grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=is_grouped
-    )
+            mask = causal(length, k.shape[2], sliding_window, q.device)
+            output = _eager(q, k, v, mask, scaling, dropout, softcap, s_aux)
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
 
 
 def _eager(

@@ -5,10 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # The logits of one part, as float32. On a CPU just below the size from which glibc maps and unmaps memory at each use.
 CPU_CHUNK_BYTES = 30 * 2**20
 CHUNK_BYTES = 256 * 2**20
+# A product on a CPU has one buffer for all parts. Its positions, if the bytes allow fewer, and what they are a multiple of,
+# lest each row of the logits begins in the middle of a cache line (213 positions took 1.4 times as long as 208).
+BUFFER_BYTES = 48 * 2**20
+LEAST_POSITIONS = 128
+ALIGNED_POSITIONS = 16
 
 # K positions, D model width, V vocabulary, S predictions, C positions of a part
 
@@ -16,7 +22,7 @@ Head = Callable[[Tensor], Tensor]
 
 
 def chunked_cross_entropy(
-    head: Head,
+    head: Head | Tensor,
     parameters: Sequence[Tensor],
     hidden_KD: Tensor,
     row_S: Tensor,
@@ -27,15 +33,13 @@ def chunked_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(sum of weight times -log p(target), number of right predictions whose weight is not 0); float32 scalars.
 
-    ``head`` gives the logits (C, V) of hidden states (C, D). Its gradients, and those of its trained ``parameters``,
-    are computed in the forward pass (as Hsu et al. 2024, arXiv:2410.10989, do on a GPU), so that no logits are kept and
-    none are computed twice. ``row_S`` must be ascending.
+    ``head`` gives the logits (C, V) of hidden states (C, D); if it is nothing but a product with a weight (V, D), it is
+    that weight. Its gradients, and those of its trained ``parameters``, are computed in the forward pass (as Hsu et al.
+    2024, arXiv:2410.10989, do on a GPU), so that no logits are kept and none are computed twice. ``row_S`` must be ascending.
     """
-    size = CPU_CHUNK_BYTES if hidden_KD.device.type == "cpu" else CHUNK_BYTES
-    rows_a_part = max(1, size // (4 * vocabulary))
     result: tuple[Tensor, Tensor] = _ChunkedCrossEntropy.apply(
-        head,
-        rows_a_part,
+        head.detach() if isinstance(head, Tensor) and _has_product(head, hidden_KD) else head,
+        vocabulary,
         torch.is_grad_enabled(),
         hidden_KD,
         row_S,
@@ -46,12 +50,28 @@ def chunked_cross_entropy(
     return result
 
 
+def most_bytes(head: Head | Tensor, positions: int, vocabulary: int, device: torch.device) -> int:
+    """Bytes of the logits, softmax and gradients of as many positions as are computed at one time."""
+    if isinstance(head, Tensor) and head.device.type == "cpu" and head.dtype == torch.float32:
+        return 4 * vocabulary * min(_aligned(positions), _most_positions(vocabulary))
+    return 3 * min(CPU_CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES, 4 * positions * vocabulary)
+
+
+def _most_positions(vocabulary: int) -> int:
+    """Positions of a product's part."""
+    return _aligned(max(BUFFER_BYTES // (4 * vocabulary), LEAST_POSITIONS))
+
+
+def _has_product(weight: Tensor, hidden: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == hidden.dtype == torch.float32
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        head: Head,
-        rows_a_part: int,
+        head: Head | Tensor,
+        vocabulary: int,
         is_training: bool,
         hidden: Tensor,
         row: Tensor,
@@ -64,27 +84,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grads = [torch.zeros_like(parameter) for parameter in parameters] if needs_grad else []
         loss = hidden.new_zeros((), dtype=torch.float32)
         right = hidden.new_zeros((), dtype=torch.float32)
-        starts = list(range(0, len(hidden), rows_a_part))
+        if isinstance(head, Tensor) and _has_product(head, hidden):
+            part_of: _Product | _AnyHead = _Product(head, grads, len(hidden), _most_positions(vocabulary))
+        else:
+            most = (CPU_CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES) // (4 * vocabulary)
+            part_of = _AnyHead(head, parameters, grads, max(most, 1))
+        starts = list(range(0, len(hidden), part_of.size))
         ends = torch.searchsorted(row, torch.tensor([*starts[1:], len(hidden)][: len(starts)], device=row.device)).tolist()
         first = 0
         for start, last in zip(starts, ends, strict=True):
-            part = slice(start, min(start + rows_a_part, len(hidden)))
-            local, targets, weights = row[first:last] - start, target[first:last], weight[first:last]
-            states = hidden[part].detach().requires_grad_(needs_grad)
-            with torch.set_grad_enabled(needs_grad):
-                logits = head(states)
-            gradient, part_loss, part_right = _loss_and_gradient(logits.detach(), local, targets, weights, needs_grad=needs_grad)
+            part = slice(start, min(start + part_of.size, len(hidden)))
+            predictions = row[first:last] - start, target[first:last], weight[first:last]
+            part_loss, part_right, gradient = part_of(hidden[part].detach(), *predictions, needs_grad=needs_grad)
             loss += part_loss
             right += part_right
-            if needs_grad:
-                assert grad_hidden is not None
-                got = torch.autograd.grad(logits, [states, *parameters], grad_outputs=gradient)
-                grad_hidden[part] = got[0]
-                for total, more in zip(grads, got[1:], strict=True):
-                    total += more
+            if grad_hidden is not None and gradient is not None:
+                grad_hidden[part] = gradient
             first = last
-        if needs_grad:
-            assert grad_hidden is not None
+        if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden, *grads)
         ctx.mark_non_differentiable(right)
         return loss, right
@@ -93,6 +110,65 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
         grad_hidden, *grads = (gradient * grad_loss.to(gradient.dtype) for gradient in ctx.saved_tensors)
         return (None, None, None, grad_hidden, None, None, None, *grads)
+
+
+class _AnyHead:
+    """The loss of ``size`` positions, its gradient by their hidden states, and in ``grads`` those by ``parameters``."""
+
+    def __init__(self, head: Head | Tensor, parameters: Sequence[Tensor], grads: list[Tensor], size: int) -> None:
+        self.head, self.parameters, self.grads, self.size = head, parameters, grads, size
+
+    def __call__(
+        self, states: Tensor, row: Tensor, target: Tensor, weight: Tensor, *, needs_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        states = states.requires_grad_(needs_grad)
+        with torch.set_grad_enabled(needs_grad):
+            logits = F.linear(states, self.head) if isinstance(self.head, Tensor) else self.head(states)
+        gradient, loss, right = _loss_and_gradient(logits.detach(), row, target, weight, needs_grad=needs_grad)
+        if gradient is None:
+            return loss, right, None
+        got = torch.autograd.grad(logits, [states, *self.parameters], grad_outputs=gradient)
+        for total, more in zip(self.grads, got[1:], strict=True):
+            total += more
+        return loss, right, got[0]
+
+
+class _Product:
+    """The same for logits that are a product with ``weight`` (V, D), in float32 on a CPU.
+
+    The vocabulary comes first: a product with many rows and few columns is the faster one there. The logits become their
+    gradient in place.
+    """
+
+    def __init__(self, weight: Tensor, grads: list[Tensor], count: int, most: int) -> None:
+        parts = max(1, -(-count // most))
+        self.weight, self.grads, self.size = weight, grads, max(1, _aligned(-(-count // parts)))
+        self.buffer = weight.new_empty(len(weight) * self.size)
+
+    def __call__(
+        self, states: Tensor, row: Tensor, target: Tensor, weight: Tensor, *, needs_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        count, width = len(states), _aligned(len(states))
+        states = F.pad(states, (0, 0, 0, width - count))
+        logits_VC = self.buffer[: len(self.weight) * width].view(-1, width)
+        torch.mm(self.weight, states.T, out=logits_VC)
+        most_C = logits_VC.amax(dim=0)
+        wanted_S = logits_VC[target, row]
+        powers_VC = logits_VC.sub_(most_C).exp_()
+        sum_C = powers_VC.sum(dim=0)
+        loss = (weight * ((most_C + sum_C.log())[row] - wanted_S)).sum()
+        right = ((wanted_S == most_C[row]) & (weight != 0)).sum().float()
+        if not needs_grad:
+            return loss, right, None
+        share_C = torch.zeros_like(sum_C).index_add_(0, row, weight)
+        gradient_VC = powers_VC.mul_(share_C / sum_C).index_put_((target, row), -weight, accumulate=True)
+        for total in self.grads:
+            total.addmm_(gradient_VC, states)
+        return loss, right, (self.weight.T @ gradient_VC).T[:count]
+
+
+def _aligned(positions: int) -> int:
+    return -(-positions // ALIGNED_POSITIONS) * ALIGNED_POSITIONS
 
 
 def _loss_and_gradient(

@@ -55,6 +55,20 @@ class Layout:
             chains.append((*(chains[parent] if parent >= 0 else ()), index))
         return tuple(chains)
 
+    @cached_property
+    def spans(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """For each segment: where the keys that it sees begin and end among those of the root and the row, adjoining ones as one."""
+        spans = []
+        for chain in self.chains:
+            seen = [(0, self.root)] if self.root else []
+            for part in chain:
+                begin = self.root + self.starts[part]
+                if seen and seen[-1][1] == begin:
+                    begin = seen.pop()[0]
+                seen.append((begin, self.root + self.starts[part] + self.lengths[part]))
+            spans.append(tuple(seen))
+        return tuple(spans)
+
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)

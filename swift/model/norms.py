@@ -52,22 +52,33 @@ class _LeanForward:
         if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu":
             plain: Tensor = self.original(x)
             return plain
-        normed: Tensor = _RmsNorm.apply(x, weight + self.offset if self.offset else weight, self.epsilon)
-        return normed
+        weight = weight + self.offset if self.offset else weight
+        normed, scale = _RmsNorm.apply(x, weight, self.epsilon)
+        normed.recipe = (x.detach(), scale, weight.detach())
+        out: Tensor = normed
+        return out
+
+
+def recipe(normed: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What ``normed`` is the product of, bit for bit, if a lean norm made it: its input, (.., 1), and (D,).
+
+    Whoever needs it in the backward pass keeps these, which are kept anyway, and not another copy.
+    """
+    return getattr(normed, "recipe", None)
 
 
 class _RmsNorm(torch.autograd.Function):
     """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         scale: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, scale, weight)
-        normed: Tensor = (x * scale).mul_(weight)
-        return normed
+        ctx.mark_non_differentiable(scale)
+        return (x * scale).mul_(weight), scale
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, scale, weight = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
         dx = dweight = None

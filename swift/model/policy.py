@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from swift.errors import ModelError
 from swift.model.attention import Root, packed_inputs, use_packed_attention
 from swift.model.batch import Batch
-from swift.model.chunked import chunked_cross_entropy
+from swift.model.chunked import Head, chunked_cross_entropy
 from swift.model.layout import Layout
 from swift.model.noise import tell_lengths
 
@@ -34,6 +34,9 @@ class Policy:
         self._output_type: Any = None
         self._root: Root | None = None
         self.has_own_head = self.decoder is not self.inner and self._head_is_separable()
+        self.head: Head | Tensor = _same
+        if self.has_own_head:
+            self.head = self.inner.get_output_embeddings().weight if self._head_is_product() else self._head
 
     def cross_entropy(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sum of weight times -log p(target), number of right predictions), float32 scalars.
@@ -42,9 +45,10 @@ class Policy:
         """
         hidden_BTD, routers = self._decode(batch)
         hidden_KD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, batch.kept_K)
+        parameters = list(self.inner.get_output_embeddings().parameters()) if self.has_own_head else []
         loss, right = chunked_cross_entropy(
-            self._head if self.has_own_head else _same,
-            list(self.inner.get_output_embeddings().parameters()) if self.has_own_head else [],
+            self.head,
+            parameters,
             hidden_KD,
             batch.row_S,
             batch.target_S,
@@ -136,6 +140,18 @@ class Policy:
             except (AttributeError, TypeError, ValueError, AssertionError):
                 return False
         return found.shape == wanted.shape and _is_close(found, wanted)
+
+    @torch.no_grad()
+    def _head_is_product(self) -> bool:
+        """Whether the head is a product with its weight and nothing else; large states show a cap and a bias both."""
+        layer = self.inner.get_output_embeddings()
+        if type(layer) is not nn.Linear or layer.bias is not None:
+            return False
+        weight = layer.weight
+        states = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+        sizes = [states * size / (states @ weight.T).abs().max().clamp_min(1e-6) for size in (1.0, 1000.0)]
+        with _evaluating(self.inner):
+            return all(_is_close(self._head(some), some @ weight.T, exactly=True) for some in sizes)
 
 
 def packing_fault(model: Any) -> str | None:

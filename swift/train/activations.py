@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from swift import console
 from swift.config.commands import SftConfig
 from swift.data.encoded import Encoded
-from swift.model.chunked import CHUNK_BYTES, CPU_CHUNK_BYTES
+from swift.model.chunked import most_bytes
 from swift.model.policy import Policy
 from swift.parallel.base import Strategy
 from swift.train.memory import free_bytes, used_bytes
@@ -284,6 +284,5 @@ def _head_bytes(policy: Policy, tokens: int) -> float:
     vocabulary = policy.inner.config.get_text_config().vocab_size
     if not policy.has_own_head or head is None:
         return float(3 * 4 * tokens * vocabulary)
-    chunk = CPU_CHUNK_BYTES if head.weight.device.type == "cpu" else CHUNK_BYTES
     trained = sum(parameter.numel() * parameter.element_size() for parameter in head.parameters() if parameter.requires_grad)
-    return float(3 * min(chunk, 4 * tokens * vocabulary) + 2 * trained)
+    return float(most_bytes(policy.head, tokens, vocabulary, head.weight.device) + 2 * trained)

@@ -21,8 +21,8 @@ from swift.data.stream import Block, Stream
 from swift.errors import DataError
 from swift.model.device import choose_device
 
-# One forward pass on a CPU: products of matrices are as fast as they get, and activations are few.
-CPU_TOKENS = 512
+# One forward pass on a CPU: products of matrices are nearly as fast as they get, and activations are few.
+CPU_TOKENS = 1024
 
 Lengths = Sequence[int] | npt.NDArray[Any]
 Example = dict[str, Any]
@@ -87,7 +87,10 @@ class Cutting:
     def passes(self, units: list[int], packs: Sequence[Sequence[int]] | None, lengths: Lengths, *, is_flat: bool) -> list[list[int]]:
         """The rows of each forward pass of a step."""
         if packs is not None:
+            assert self.packing_length is not None
             size = max(sum(int(lengths[row]) for row in packs[unit]) for unit in units)
+            # What a pack shares is computed once, so that no pack needs more than its length.
+            size = min(size, max(self.packing_length, *(int(lengths[row]) for unit in units for row in packs[unit])))
             at_once = max(1, self.tokens(size) // size)
             groups = [units[at : at + at_once] for at in range(0, len(units), at_once)]
             return [[row for unit in group for row in packs[unit]] for group in groups]

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swift.model.norms import recipe
+
 # T tokens, R ranks of all layers of a group
 
 Activation = Callable[[Tensor], Tensor]
@@ -136,7 +138,8 @@ class _Group:
         rate = float(getattr(self.dropout, "p", 0.0)) if self.layers[0].training else 0.0
         is_exact = rate == 0 and self.bases[0].weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
         merged = self.form() if is_exact else []
-        outputs: tuple[Tensor, ...] = _GroupedLora.apply(x, gate, activation, self, merged, rate, *self.a, *self.b)
+        of = recipe(x) if is_exact and activation is None else None
+        outputs: tuple[Tensor, ...] = _GroupedLora.apply(x, gate, activation, of, self, merged, rate, *self.a, *self.b)
         return outputs
 
     def form(self) -> list[Tensor]:
@@ -214,6 +217,7 @@ class _GroupedLora(torch.autograd.Function):
         x: Tensor,
         gate: Tensor | None,
         activation: Activation | None,
+        of: tuple[Tensor, ...] | None,
         group: _Group,
         merged: list[Tensor],
         rate: float,
@@ -239,17 +243,20 @@ class _GroupedLora(torch.autograd.Function):
         for output, base in zip(outputs, group.bases, strict=True):
             if base.bias is not None:
                 output += base.bias.to(dtype)
-        ctx.save_for_backward(flat if activation is None else x, gate, mask, *adapter)
+        ctx.save_for_backward(gate, mask, *adapter, *(of or [flat if activation is None else x]))
         ctx.group, ctx.merged, ctx.rate, ctx.activation = group, merged, rate, activation
         ctx.shape, ctx.dtype, ctx.compute_dtype = x.shape, x.dtype, dtype
         return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        kept, gate, mask, *adapter = ctx.saved_tensors
         group, count = ctx.group, len(ctx.group.layers)
+        gate, mask, *rest = ctx.saved_tensors
+        adapter, (kept, *factors) = rest[: 2 * count], rest[2 * count :]
         a, b = adapter[:count], adapter[count:]
         flat, activated = kept, None
+        if factors:
+            flat = (kept * factors[0]).mul_(factors[1]).reshape(-1, kept.shape[-1])
         if ctx.activation is not None:
             gate = gate.detach().requires_grad_()
             with torch.enable_grad():
@@ -272,7 +279,7 @@ class _GroupedLora(torch.autograd.Function):
             if activated is not None:
                 (dgate,) = torch.autograd.grad(activated, gate, dx * kept)
                 dx = dx.mul_(activated.detach())
-        return (dx, dgate, None, None, None, None, *gradients)
+        return (dx, dgate, None, None, None, None, None, *gradients)
 
 
 def _input_gradient(dy: list[Tensor], low_all: Tensor, a_all: Tensor, mask: Tensor | None, ctx: Any) -> Tensor:

@@ -89,3 +89,46 @@ def test_the_kernel_for_cuda_takes_what_it_is_given():
     parameters = inspect.signature(varlen_attn).parameters
     assert list(parameters)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
     assert {"scale", "window_size", "enable_gqa"} <= set(parameters)
+
+
+def test_values_of_another_width_and_dropout_go_another_way():
+    query, key, value = tensors()
+    narrow = value[..., :4].detach().requires_grad_()
+    same(packed_attention(query, key, narrow, TREE), by_definition(query, key, narrow, TREE.mask()), [query, key, narrow])
+    torch.manual_seed(0)
+    dropped = packed_attention(query, key, value, TREE, dropout=0.5)
+    assert dropped.shape == (1, TREE.num_tokens, H, D)
+    assert not torch.allclose(dropped, packed_attention(query, key, value, TREE))
+
+
+@pytest.mark.parametrize("root", [0, 2])
+def test_query_key_value_and_output_are_kept_once(root):
+    layout = Layout((64, 64, 96), (-1, 0, 0), root)
+    generator = torch.Generator().manual_seed(0)
+    rows = root + layout.num_tokens
+    inputs = [
+        torch.randn(1, heads, count, D, generator=generator).requires_grad_() for heads, count in ((H, rows - root), (G, rows), (G, rows))
+    ]
+    kept: dict[int, int] = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = packed_attention(*inputs, layout)
+    own = sum(tensor.untyped_storage().nbytes() for tensor in (*inputs, output))
+    assert sum(kept.values()) <= own + 4 * H * layout.num_tokens  # and a number per query and head
+
+
+def test_spans_are_the_ones_of_the_mask_with_adjoining_ones_as_one():
+    layout = Layout(TREE.lengths, TREE.parents, root=6)
+    assert layout.spans[0] == ((0, 11),)
+    assert layout.spans[1] == ((0, 15),)
+    assert layout.spans[3] == ((0, 11), (15, 24))
+    for begin, spans in zip(layout.starts, layout.spans, strict=True):
+        seen = torch.zeros(6 + layout.num_tokens, dtype=torch.bool)
+        for first, last in spans:
+            seen[first:last] = True
+        assert torch.equal(seen[:6], layout.mask()[begin, :6])
+        assert bool((layout.mask()[begin] <= seen).all())

@@ -46,6 +46,35 @@ def test_parts_give_the_loss_and_the_gradients_of_the_whole(case, name):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("most", [16, 100])
+def test_a_product_gives_the_loss_and_the_gradients_of_the_whole(case, monkeypatch, most):
+    hidden, weight, row, target, weights = case
+    monkeypatch.setattr(chunked, "BUFFER_BYTES", 0)
+    monkeypatch.setattr(chunked, "LEAST_POSITIONS", most)
+    wanted = whole(hidden @ weight.T, row, target, weights)
+    found, right = chunked_cross_entropy(weight, [weight], hidden, row, target, weights, vocabulary=V)
+    torch.testing.assert_close(found, wanted)
+    assert float(right) == float((((hidden @ weight.T).argmax(1)[row] == target) & (weights != 0)).sum())
+    for got, expected in zip(
+        torch.autograd.grad(found * 0.5, (hidden, weight)), torch.autograd.grad(wanted * 0.5, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_product_in_half_precision_and_one_without_gradient_are_the_same_loss(case):
+    hidden, weight, row, target, weights = case
+    wanted = whole(hidden @ weight.T, row, target, weights)
+    with torch.no_grad():
+        found, _ = chunked_cross_entropy(weight, [weight], hidden, row, target, weights, vocabulary=V)
+    torch.testing.assert_close(found, wanted.detach())
+    halves = [tensor.detach().bfloat16().requires_grad_() for tensor in (hidden, weight)]
+    found, _ = chunked_cross_entropy(halves[1], [halves[1]], halves[0], row, target, weights, vocabulary=V)
+    torch.testing.assert_close(found.detach(), wanted.detach(), rtol=1e-2, atol=0)
+    (gradient,) = torch.autograd.grad(found, [halves[1]])
+    (expected,) = torch.autograd.grad(wanted, [weight])
+    torch.testing.assert_close(gradient.float(), expected, rtol=0, atol=2e-2 * float(expected.abs().max()))
+
+
 def test_right_predictions_of_weight_zero_do_not_count():
     hidden = torch.eye(3)
     row, target = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 0])  # the last one is wrong
@@ -72,6 +101,8 @@ def test_large_logits_keep_their_digits():
     hidden = torch.tensor([[1000.0, 0.0], [0.0, -1000.0]])
     loss, _ = chunked_cross_entropy(lambda part: part, [], hidden, torch.tensor([0, 1]), torch.tensor([1, 0]), torch.ones(2), vocabulary=2)
     assert float(loss) == 1000.0  # log(1 + e^1000) - 0, and log(1 + e^-1000) = 0
+    loss, _ = chunked_cross_entropy(torch.eye(2), [], hidden, torch.tensor([0, 1]), torch.tensor([1, 0]), torch.ones(2), vocabulary=2)
+    assert float(loss) == 1000.0
 
 
 def test_no_prediction_at_all_costs_nothing():

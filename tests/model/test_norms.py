@@ -5,7 +5,7 @@ import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from swift.model.norms import use_lean_norms
+from swift.model.norms import recipe, use_lean_norms
 from tests.model.test_policy import build
 
 
@@ -51,3 +51,15 @@ def test_the_norms_of_a_model_are_found(family, count):
     wanted = model(ids).logits
     assert use_lean_norms(model) == count
     torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm])
+def test_what_a_norm_gave_is_made_again_bit_for_bit_from_its_recipe(kind):
+    lean = norm(kind)
+    use_lean_norms(lean)
+    x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    out = lean(x)
+    given, scale, weight = recipe(out)
+    assert given.data_ptr() == x.data_ptr()  # no copy
+    assert torch.equal((given * scale).mul_(weight), out)
+    assert recipe(x) is None

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from swift.model.norms import use_lean_norms
 from swift.train.build import checkpoint_activations
 from swift.tuner.fused import fuse
 
@@ -90,6 +91,30 @@ def test_a_gated_mlp_keeps_its_two_products_alone(tiny_model):
             each.base_model.model.model.layers[0].mlp(x)
         kept.append(sum(shape[-2:] == (5, 64) for shape in sizes))
     assert kept == [4, 2]  # gate, activated gate, up and their product; gate and up
+
+
+def test_what_a_lean_norm_gave_is_made_again_and_not_kept(tiny_model):
+    plain, lean = adapted(tiny_model), adapted(tiny_model)
+    for model in (plain, lean):
+        fuse(model, IDS)
+    use_lean_norms(lean)
+    assert_same(plain, lean, tolerance=1e-5)
+    normed = []
+    handles = [
+        layer.register_forward_hook(lambda _, __, out: normed.append(out)) for layer in lean.modules() if hasattr(layer, "variance_epsilon")
+    ]
+    kept = set()
+
+    def note(tensor):
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = lean(input_ids=IDS, labels=IDS, use_cache=False).loss
+    for handle in handles:
+        handle.remove()
+    assert loss.requires_grad and len(normed) == 5
+    assert not kept & {out.untyped_storage().data_ptr() for out in normed[:-1]}  # the last one is the head's, which is PEFT's own
 
 
 def test_weights_that_are_loaded_are_seen_at_once(tiny_model):
