@@ -23,7 +23,9 @@ def has_kernel(query: Tensor, value: Tensor) -> bool:
 
 
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, sliding_window: int | None) -> Tensor:
-    """(1, T, H, d) from query (1, H, T, d) and key and value (1, G, root + T, d)."""
+    """(1, T, H, d) from query (1, H, T, d) and key and value (1, G, root + T, d), in autocast's precision if there is one."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     output: Tensor = _SegmentAttention.apply(query, key, value, layout, scaling, sliding_window)
     return output
 

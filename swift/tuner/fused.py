@@ -226,7 +226,7 @@ class _GroupedLora(torch.autograd.Function):
         a, b = adapter[: len(group.layers)], adapter[len(group.layers) :]
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else group.bases[0].weight.dtype
-        inputs = x if activation is None else activation(gate) * x  # type: ignore[arg-type]
+        inputs = x if activation is None or gate is None else _gated(activation, gate, x)
         flat = inputs.reshape(-1, x.shape[-1]).to(dtype)
         mask = None
         if merged:
@@ -280,6 +280,12 @@ class _GroupedLora(torch.autograd.Function):
                 (dgate,) = torch.autograd.grad(activated, gate, dx * kept)
                 dx = dx.mul_(activated.detach())
         return (dx, dgate, None, None, None, None, None, *gradients)
+
+
+def _gated(activation: Activation, gate: Tensor, x: Tensor) -> Tensor:
+    """activation(gate) * x, in the memory of the activation unless that is the gate's."""
+    activated = activation(gate)
+    return activated * x if activated.data_ptr() == gate.data_ptr() or activated.dtype != x.dtype else activated.mul_(x)
 
 
 def _input_gradient(dy: list[Tensor], low_all: Tensor, a_all: Tensor, mask: Tensor | None, ctx: Any) -> Tensor:

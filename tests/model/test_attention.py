@@ -132,3 +132,13 @@ def test_spans_are_the_ones_of_the_mask_with_adjoining_ones_as_one():
             seen[first:last] = True
         assert torch.equal(seen[:6], layout.mask()[begin, :6])
         assert bool((layout.mask()[begin] <= seen).all())
+
+
+def test_autocast_computes_in_its_precision():
+    query, key, value = tensors()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = packed_attention(query, key, value.bfloat16(), TREE)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), by_definition(query, key, value, TREE.mask()), atol=0.05, rtol=0.05)
+    (gradient,) = torch.autograd.grad(found.float().sum(), [query])
+    assert gradient.dtype == torch.float32
