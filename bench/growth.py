@@ -30,6 +30,7 @@ def load_policy(reference: str) -> Any:
     from swift.config.commands import SftConfig
     from swift.config.options import build
     from swift.model.load import load_model
+    from swift.model.norms import use_lean_norms
     from swift.model.policy import Policy, packing_fault, probe_ids
     from swift.tuner import TUNERS
     from swift.tuner.fused import fuse
@@ -40,6 +41,7 @@ def load_policy(reference: str) -> Any:
     loaded = load_model(path, torch_dtype="float32", device="cpu")
     assert packing_fault(loaded.model) is None
     model = TUNERS.get("lora")().apply(loaded.model, config).train()
+    use_lean_norms(loaded.model)
     fuse(model, probe_ids(loaded.model, 8))
     return Policy(model)
 

@@ -11,7 +11,7 @@ class BatchingConfig(Config):
     """Batching."""
 
     padding_free: bool | None = opt(None, "compute rows side by side without padding; by default wherever the model keeps them apart")
-    share_prefixes: bool = opt(True, "compute a beginning that rows of a forward pass, or all rows of a step, have in common once")
+    share_prefixes: bool = opt(True, "compute once what rows of a pass or step begin with in common (dropout then draws once for it)")
     max_tokens_per_batch: int | None = opt(
         None, "tokens of one forward pass without padding; by default 512 on a CPU, else batch size x longest row", minimum=1
     )

@@ -43,7 +43,7 @@ class Policy:
 
         A mixture of experts adds ``router_aux_loss_coef`` times its load-balancing loss for each prediction that counts.
         """
-        hidden_BTD, routers = self._decode(batch)
+        hidden_BTD, balance = self._decode(batch)
         hidden_KD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, batch.kept_K)
         parameters = list(self.inner.get_output_embeddings().parameters()) if self.has_own_head else []
         loss, right = chunked_cross_entropy(
@@ -55,8 +55,8 @@ class Policy:
             batch.weight_S,
             vocabulary=self.inner.config.get_text_config().vocab_size,
         )
-        if routers is not None:
-            loss = loss + self.router_aux_loss_coef * (batch.weight_S != 0).sum() * self._balance(routers)
+        if balance is not None:
+            loss = loss + self.router_aux_loss_coef * (batch.weight_S != 0).sum() * balance
         return loss, right
 
     @contextlib.contextmanager
@@ -82,7 +82,7 @@ class Policy:
             self._root = None
 
     def _decode(self, batch: Batch) -> tuple[Tensor, Any]:
-        """Hidden states (B, T, D), and the routers' logits if they are to be balanced."""
+        """(hidden states (B, T, D), or logits if the head cannot be told apart; the load-balancing loss if it is wanted)."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         tell_lengths(self.inner, batch.layout.document_lengths() if batch.layout is not None else None)
         if batch.position_ids is not None:
@@ -95,10 +95,11 @@ class Policy:
             inputs["output_router_logits"] = True
         if not self.has_own_head:
             output = self.inner(**inputs)
-            return output.logits, getattr(output, "router_logits", None) if self.router_aux_loss_coef else None
+            return output.logits, getattr(output, "aux_loss", None) if self.router_aux_loss_coef else None
         output = self.decoder(**inputs)
         self._output_type = type(output)
-        return output.last_hidden_state, getattr(output, "router_logits", None) if self.router_aux_loss_coef else None
+        routers = getattr(output, "router_logits", None) if self.router_aux_loss_coef else None
+        return output.last_hidden_state, None if routers is None else self._balance(routers)
 
     def _head(self, hidden_CD: Tensor) -> Tensor:
         """Logits (C, V) of hidden states."""
@@ -165,6 +166,8 @@ def packing_fault(model: Any) -> str | None:
         return "its attention works in chunks of fixed places"
     before = inner.config._attn_implementation
     try:
+        if not _is_finite(inner):
+            return "its logits are not finite numbers"
         use_packed_attention(inner)
         is_apart = _keeps_documents_apart(inner)
     except (ModelError, TypeError, ValueError, RuntimeError, IndexError, KeyError) as problem:
@@ -174,6 +177,12 @@ def packing_fault(model: Any) -> str | None:
         inner.set_attn_implementation(before)
         return "its layers carry something from one document to the next"
     return None
+
+
+@torch.no_grad()
+def _is_finite(model: Any) -> bool:
+    with _evaluating(model):
+        return bool(model(input_ids=probe_ids(model, 4), use_cache=False).logits.isfinite().all())
 
 
 @torch.no_grad()

@@ -194,3 +194,22 @@ def test_only_a_head_that_is_a_product_and_nothing_else_is_taken_for_one(family)
     torch.testing.assert_close(found, wanted, atol=0, rtol=1e-5)
     assert_same_gradients(gradients(model, found), wanted_gradients)
     assert isinstance(policy.head, torch.Tensor) == (family in ("llama", "phi3"))
+
+
+def test_experts_are_balanced_where_the_head_cannot_be_told_apart():
+    model = build("mixtral")
+    batch = padded_batch(examples()[:1], pad_token_id=0)
+    wanted, _ = Policy(model, router_aux_loss_coef=0.1).cross_entropy(batch)
+    model.base_model.forward = model.base_model.forward  # someone else's replacement: the head is left where it is
+    policy = Policy(model, router_aux_loss_coef=0.1)
+    assert not policy.has_own_head
+    found, _ = policy.cross_entropy(batch)
+    torch.testing.assert_close(found, wanted, atol=0, rtol=1e-5)
+
+
+def test_weights_that_are_no_numbers_are_called_that():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    assert packing_fault(model) == "its logits are not finite numbers"
+    assert not model.config._attn_implementation.startswith("swift")
