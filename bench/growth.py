@@ -118,9 +118,11 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
             own = [result for result in results if result["case"] == case]
             axes.plot([result["size"] for result in own], [result["ms_a_token"] for result in own], "o-", label=case)
         axes.set_xscale("log", base=2)
-        axes.set_ylim(bottom=0)
+        sizes = [result["size"] for result in results if result["case"] == cases[0]]
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.grid(alpha=0.3)
         axes.legend()
+    left.set_ylim(0, 1.05 * max(result["ms_a_token"] for result in results))
     left.set_xlabel("tokens of one document")
     right.set_xlabel(f"documents of {DOCUMENT_TOKENS} tokens in a forward pass")
     left.set_ylabel("CPU ms a token")
