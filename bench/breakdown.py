@@ -22,7 +22,7 @@ GROUPS = {
     "products of matrices": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"),
     "attention, forward": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
     "attention, backward": ("aten::_scaled_dot_product_flash_attention_for_cpu_backward",),
-    "softmax of the head": ("aten::amax", "aten::sub_", "aten::exp_", "aten::log", "aten::sum"),
+    "sums and exponentials": ("aten::amax", "aten::sub_", "aten::exp_", "aten::log", "aten::sum"),
     "gates": ("aten::silu", "aten::silu_backward", "aten::gelu", "aten::gelu_backward"),
     "copies and zeros": ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_", "aten::index_select", "aten::clone"),
     "other arithmetic": ("aten::mul", "aten::mul_", "aten::add", "aten::add_", "aten::neg", "aten::addcmul", "aten::linalg_vector_norm"),

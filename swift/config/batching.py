@@ -13,7 +13,7 @@ class BatchingConfig(Config):
     padding_free: bool | None = opt(None, "compute rows side by side without padding; by default wherever the model keeps them apart")
     share_prefixes: bool = opt(True, "compute once what rows of a pass or step begin with in common (dropout then draws once for it)")
     max_tokens_per_batch: int | None = opt(
-        None, "tokens of one forward pass without padding; by default 512 on a CPU, else batch size x longest row", minimum=1
+        None, "tokens of one forward pass without padding; by default 1024 on a CPU, else batch size x longest row", minimum=1
     )
     packing: bool = opt(False, "a row of a step is a pack of rows, filled up to packing_length tokens")
     packing_length: int | None = opt(None, "tokens that a pack computes at most; by default max_length", minimum=2)

@@ -133,11 +133,11 @@ def packed_attention(
     for begin, length, spans in zip(layout.starts, layout.lengths, layout.spans, strict=True):
         q, k, v = query[:, :, begin : begin + length], seen_by(key, spans), seen_by(value, spans)
         if is_plain and base != "eager":
-            mask = None if is_causal(length, k.shape[2], sliding_window) else causal(length, k.shape[2], sliding_window, q.device)
+            mask = None if is_causal(length, k.shape[2], sliding_window) else causal(layout, length, k.shape[2], sliding_window, q.device)
             options: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None, "dropout_p": dropout, "scale": scaling}
             output = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
         else:
-            mask = causal(length, k.shape[2], sliding_window, q.device)
+            mask = causal(layout, length, k.shape[2], sliding_window, q.device)
             output = _eager(q, k, v, mask, scaling, dropout, softcap, s_aux)
         outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1)

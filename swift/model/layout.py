@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -68,6 +69,11 @@ class Layout:
                 seen.append((begin, self.root + self.starts[part] + self.lengths[part]))
             spans.append(tuple(seen))
         return tuple(spans)
+
+    @cached_property
+    def masks(self) -> dict[Any, torch.Tensor]:
+        """Masks of segments that all layers of a pass ask for, made when first needed; gone with the layout."""
+        return {}
 
     @property
     def num_tokens(self) -> int:

@@ -4,7 +4,6 @@ Left to autograd, each segment would keep a copy of its keys and values for each
 its mask would be made into numbers in each layer. Here the whole row's query, key, value and output are kept once.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -90,7 +89,7 @@ def _segments(query: Tensor, key: Tensor, value: Tensor, layout: Layout, sliding
         place = slice(begin, begin + length)
         k, v = (seen_by(part, spans)[0].unsqueeze(1).expand(-1, query.shape[1] // groups, -1, -1) for part in (key, value))
         size = length, k.shape[2], sliding_window
-        mask = None if is_causal(*size) else _added(*size, query.dtype)
+        mask = None if is_causal(*size) else _added(layout, *size, query.dtype)
         yield place, query[0, :, place].unflatten(0, (groups, -1)), k, v, mask
 
 
@@ -105,16 +104,23 @@ def is_causal(num_queries: int, num_keys: int, sliding_window: int | None) -> bo
     return num_queries == num_keys and (sliding_window is None or num_keys <= sliding_window)
 
 
-@functools.lru_cache(maxsize=256)  # all layers of a pass ask for the same ones
-def _added(num_queries: int, num_keys: int, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
-    hidden = causal(num_queries, num_keys, sliding_window, torch.device("cpu")).logical_not()
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-
-
-@functools.lru_cache(maxsize=256)
-def causal(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
+def causal(layout: Layout, num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
     """(Q, K) bool: the last query sees the last key."""
+    name = num_queries, num_keys, sliding_window, device
+    if name not in layout.masks:
+        layout.masks[name] = _seen(num_queries, num_keys, sliding_window, device)
+    return layout.masks[name]
+
+
+def _added(layout: Layout, num_queries: int, num_keys: int, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
+    """The same as numbers that are added to scores."""
+    name = num_queries, num_keys, sliding_window, dtype
+    if name not in layout.masks:
+        hidden = ~_seen(num_queries, num_keys, sliding_window, torch.device("cpu"))
+        layout.masks[name] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    return layout.masks[name]
+
+
+def _seen(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
     mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
-    if sliding_window is not None:
-        mask = mask.triu(num_keys - num_queries - sliding_window + 1)
-    return mask
+    return mask if sliding_window is None else mask.triu(num_keys - num_queries - sliding_window + 1)

@@ -1,5 +1,7 @@
+import gc
 import inspect
 import math
+import weakref
 
 import pytest
 import torch
@@ -142,3 +144,19 @@ def test_autocast_computes_in_its_precision():
     torch.testing.assert_close(found.float(), by_definition(query, key, value, TREE.mask()), atol=0.05, rtol=0.05)
     (gradient,) = torch.autograd.grad(found.float().sum(), [query])
     assert gradient.dtype == torch.float32
+
+
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+def test_masks_are_made_once_for_all_layers_and_go_with_the_layout(base):
+    layout = Layout(TREE.lengths, TREE.parents)
+    query, key, value = tensors()
+    packed_attention(query, key, value, layout, base=base)
+    masks = dict(layout.masks)
+    assert masks
+    packed_attention(query, key, value, layout, base=base)
+    assert layout.masks.keys() == masks.keys()
+    assert all(layout.masks[name] is mask for name, mask in masks.items())
+    gone = weakref.ref(next(iter(masks.values())))
+    del layout, masks
+    gc.collect()
+    assert gone() is None
