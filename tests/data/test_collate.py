@@ -80,3 +80,9 @@ def test_one_pass_alone_has_no_root():
     shared = list(range(100, 120))
     (batch,) = flat_batches([[{"input_ids": [*shared, end], "labels": [-100] * 20 + [end]} for end in (7, 8)]])
     assert batch.root_ids is None and batch.layout.root == 0
+
+
+def test_the_largest_pass_of_a_step_comes_first_and_nothing_is_lost():
+    rows = [{"input_ids": list(range(10 * size, 10 * size + size)), "labels": [-100] * size} for size in (2, 5, 3)]
+    batches = flat_batches([[row] for row in rows])
+    assert [batch.input_ids[0].tolist() for batch in batches] == [rows[1]["input_ids"], rows[2]["input_ids"], rows[0]["input_ids"]]

@@ -93,6 +93,15 @@ def test_a_gated_mlp_keeps_its_two_products_alone(tiny_model):
     assert kept == [4, 2]  # gate, activated gate, up and their product; gate and up
 
 
+def test_an_activation_that_gives_its_input_back_leaves_the_gate_as_it_is(tiny_model):
+    model, fused_model = adapted(tiny_model), adapted(tiny_model)
+    for module in (*model.modules(), *fused_model.modules()):
+        if hasattr(module, "act_fn"):
+            module.act_fn = torch.nn.Identity()
+    fuse(fused_model, IDS)
+    assert_same(model, fused_model, tolerance=1e-5)
+
+
 def test_what_a_lean_norm_gave_is_made_again_and_not_kept(tiny_model):
     plain, lean = adapted(tiny_model), adapted(tiny_model)
     for model in (plain, lean):
