@@ -58,17 +58,30 @@ class Counts:
     pairs: int
 
 
-def load_rows(path: Path, job: str) -> list[Row]:
-    """Rows of a messages .jsonl, an alpaca .json or a sharegpt .json (with ``tools``, or ``chosen`` and ``rejected``)."""
+def load_rows(path: Path, job: str, *, num_tools: int | None = None) -> list[Row]:
+    """Rows of a messages .jsonl, an alpaca .json or a sharegpt .json (with ``tools``, or ``chosen`` and ``rejected``).
+
+    ``num_tools``: every row with tools has the same list, the first so many of the file, as the rows of one agent have.
+    """
     if not path.exists():
         sys.exit(f"{path} does not exist; name a .jsonl of messages, or a .json in alpaca's or sharegpt's form, with --data")
     text = path.read_text(encoding="utf-8")
     values = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    if num_tools is not None:
+        values = _with_one_list(values, num_tools)
     rows = [_row(value) for value in values]
     wanted = "pairs (chosen and rejected)" if job == "dpo" else "conversations without a rejected answer"
     if any((row.rejected is not None) != (job == "dpo") for row in rows):
         sys.exit(f"{path}: the job {job} needs {wanted}; name another file with --data")
     return rows
+
+
+def _with_one_list(values: list[dict[str, Any]], num_tools: int) -> list[dict[str, Any]]:
+    known = {tool["name"]: tool for value in values for tool in json.loads(value.get("tools") or "[]")}
+    if len(known) < num_tools:
+        sys.exit(f"the rows know {len(known)} tools, fewer than --num_tools {num_tools}; lower it")
+    listed = json.dumps(list(known.values())[:num_tools], ensure_ascii=False)
+    return [{**value, "tools": listed} if "tools" in value else value for value in values]
 
 
 def _row(value: dict[str, Any]) -> Row:

