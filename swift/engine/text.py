@@ -44,8 +44,9 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling:
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     settings = _settings(model, tokenizer, width, sampling)
+    stops = _stops_at(tokenizer, width, sampling.stop_words) if sampling.stop_words else None
     with torch.inference_mode():
-        output = model.generate(input_ids=input_ids, attention_mask=mask, tokenizer=tokenizer if sampling.stop_words else None, **settings)
+        output = model.generate(input_ids=input_ids, attention_mask=mask, stopping_criteria=stops, **settings)
     return [_completion(tokenizer, row[width:].tolist(), settings, sampling) for row in output]
 
 
@@ -72,7 +73,6 @@ def stream(model: Any, tokenizer: Any, prompt: list[int], sampling: Sampling) ->
                     attention_mask=torch.ones_like(input_ids),
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([Closed()]),
-                    tokenizer=tokenizer if sampling.stop_words else None,
                     **settings,
                 )
         except BaseException as problem:  # raised again by the reader
@@ -88,6 +88,21 @@ def stream(model: Any, tokenizer: Any, prompt: list[int], sampling: Sampling) ->
         thread.join()
     if failure:
         raise failure[0]
+
+
+def _stops_at(tokenizer: Any, width: int, words: Sequence[str]) -> Any:
+    """Ends a row whose answer, which begins at ``width``, holds one of ``words``.
+
+    transformers' own stop_strings also finds a word that begins in the prompt.
+    """
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class HoldsWord(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            texts = [tokenizer.decode(row[width:], skip_special_tokens=True) for row in input_ids]
+            return torch.tensor([any(word in text for word in words) for text in texts], device=input_ids.device)
+
+    return StoppingCriteriaList([HoldsWord()])
 
 
 def _until_stop_word(pieces: Any, stop_words: Sequence[str]) -> Iterator[str]:
@@ -118,8 +133,6 @@ def _settings(model: Any, tokenizer: Any, prompt_length: int, sampling: Sampling
         "eos_token_id": end_tokens(model, tokenizer),
         "num_beams": sampling.num_beams,
     }
-    if sampling.stop_words:
-        settings["stop_strings"] = list(sampling.stop_words)
     if sampling.temperature == 0:
         return settings | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **_penalty(sampling)}
     if sampling.temperature is not None or sampling.top_p is not None or sampling.top_k is not None:

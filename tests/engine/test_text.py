@@ -77,6 +77,19 @@ def test_a_prompt_that_fills_the_context_is_refused(model, tokenizer):
         complete(model, tokenizer, [[4] * 5], Sampling(max_model_len=5))
 
 
+def test_an_answer_ends_at_a_stop_word_of_its_own_and_not_of_the_prompt(model, tokenizer):
+    prompt = ids(tokenizer, PROMPTS[1])
+    greedy = Sampling(max_new_tokens=12, temperature=0)
+    whole = complete(model, tokenizer, [prompt], greedy)[0].text
+    across = (PROMPTS[1] + whole)[len(PROMPTS[1]) - 2 : len(PROMPTS[1]) + 2]
+    assert across not in whole
+    for word, expected, reason in ((across, whole, "length"), (whole[4:7], whole[: whole.index(whole[4:7])], "stop")):
+        stopped = Sampling(max_new_tokens=12, temperature=0, stop_words=[word])
+        answer = complete(model, tokenizer, [prompt, prompt], stopped)[1]
+        assert (answer.text, answer.finish_reason) == (expected, reason)
+        assert "".join(stream(model, tokenizer, prompt, stopped)) == expected
+
+
 @pytest.mark.parametrize(
     ("pieces", "expected"),
     [
