@@ -86,6 +86,42 @@ def apart(function: Callable[..., T], *arguments: Any) -> T:
         return pool.submit(function, *arguments).result()
 
 
+def tree(root: int) -> list[int]:
+    """The process and all below it."""
+    found = [root]
+    for pid in found:
+        for task in Path(f"/proc/{pid}/task").glob("*/children"):
+            try:
+                found += map(int, task.read_text().split())
+            except OSError:
+                continue
+    return found
+
+
+def memory_mb(pid: int) -> tuple[float, float] | None:
+    """(resident, of that without pages of files) of a process; None if it is gone."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
+    except OSError:
+        return None
+    if "VmRSS" not in lines:
+        return None
+    rss, anonymous = (int(lines[key].split()[0]) * 1024 / 1e6 for key in ("VmRSS", "RssAnon"))
+    return rss, anonymous
+
+
+def cpu_s(root: int) -> float:
+    """CPU seconds so far of a process and of those below it that live."""
+    ticks = 0
+    for pid in tree(root):
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        ticks += int(fields[11]) + int(fields[12])  # utime and stime: fields 14 and 15 of all
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def machine() -> str:
     """One line on the machine, for the head of a result."""
     about = Path("/proc/cpuinfo").read_text().splitlines()

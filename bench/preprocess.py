@@ -30,7 +30,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-PEERS = Path(os.environ.get("SWIFT_PEERS", Path(__file__).resolve().parent / "peers"))
+from peer import PEERS, memory_mb, tree
+
 PYTHON = {"swift": Path(sys.executable), "ms-swift": PEERS / "ms-swift" / "bin" / "python"}
 WORDS = (
     "the of snow in weather warning and to is what road city heavy light morning evening people stay home north wind"
@@ -80,33 +81,11 @@ def _watch(process: "subprocess.Popen[bytes]") -> dict[str, float]:
     """The largest memory of the process and all below it until it ends."""
     peak = {"rss_mb": 0.0, "anonymous_mb": 0.0}
     while process.poll() is None:
-        tree = [memory for pid in _tree(process.pid) if (memory := _memory(pid))]
+        found = [memory for pid in tree(process.pid) if (memory := memory_mb(pid))]
         for index, name in enumerate(peak):
-            peak[name] = max(peak[name], sum(memory[index] for memory in tree))
+            peak[name] = max(peak[name], sum(memory[index] for memory in found))
         time.sleep(0.1)
     return peak
-
-
-def _tree(root: int) -> list[int]:
-    found = [root]
-    for pid in found:
-        for task in Path(f"/proc/{pid}/task").glob("*/children"):
-            try:
-                found += map(int, task.read_text().split())
-            except OSError:
-                continue
-    return found
-
-
-def _memory(pid: int) -> tuple[float, float] | None:
-    try:
-        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
-    except OSError:
-        return None
-    if "VmRSS" not in lines:
-        return None
-    rss, anonymous = (int(lines[key].split()[0]) * 1024 / 1e6 for key in ("VmRSS", "RssAnon"))
-    return rss, anonymous
 
 
 def work_swift(data: str, model: str, num_proc: int) -> dict[str, Any]:
