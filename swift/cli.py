@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "pt": ("PtConfig", "swift.train.commands:run_training", "go on pre-training a model on plain text"),
     "infer": ("InferConfig", "swift.engine.infer:run_infer", "answer a data set, or questions in the terminal"),
     "chat": ("ChatConfig", "swift.engine.chat:run_chat", "talk to a model in the terminal"),
+    "deploy": ("DeployConfig", "swift.serve.run:run_deploy", "serve a model to OpenAI clients"),
     "merge-lora": ("MergeConfig", "swift.tuner.merge:run_merge", "put an adapter into the weights, compared before and after"),
     "export": ("MergeConfig", "swift.tuner.merge:run_merge", "the same as merge-lora: other exports are not built yet"),
     "models list": ("ModelsListConfig", "swift.hub.commands:models_list", "models in the cache and in the catalog"),
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = [word for word in words if word not in GLOBAL_FLAGS]
     console.use_json("--json" in flags)
     if not is_debug:
-        quiet_libraries()
+        console.quiet_libraries()
     try:
         run(words, show_config="--show_config" in flags)
     except SwiftError as problem:
@@ -67,17 +68,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         console.error(known)
         sys.exit(known.exit_code)
-
-
-def quiet_libraries() -> None:
-    """Keep off the screen what libraries say to their developers; --debug shows it."""
-    import logging
-    import warnings
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    for name in ("bitsandbytes", "torchao", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def run(words: list[str], *, show_config: bool = False) -> Any:

@@ -139,3 +139,14 @@ def _is_number(cell: str) -> bool:
     except ValueError:
         return cell == ""
     return True
+
+
+def quiet_libraries() -> None:
+    """Keep off the screen what libraries say to their developers; --debug shows it."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("bitsandbytes", "torchao", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)

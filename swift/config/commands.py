@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from swift.config.batching import BatchingConfig
 from swift.config.data import DataConfig, TemplateConfig
+from swift.config.deploy import DeployConfig
 from swift.config.generate import GenerateConfig
 from swift.config.model import ModelConfig, QuantConfig
 from swift.config.options import Config, opt
@@ -61,7 +62,6 @@ class InferConfig(GenerateConfig, TemplateConfig, DataConfig, QuantConfig, Model
     load_data_args: bool = opt(False, "answer the validation data of that run")
     merge_lora: bool = opt(False, "merge the adapter into the weights before generating")
     result_path: str | None = opt(None, "file of the answers; by default CHECKPOINT/infer_result/TIME.jsonl")
-    max_batch_size: int = opt(1, "rows answered at the same time", minimum=1)
     val_dataset_sample: int | None = opt(None, "answer this many rows only", minimum=1)
 
     def check(self) -> None:
@@ -156,6 +156,7 @@ COMMAND_CONFIGS: tuple[type[Config], ...] = (
     PtConfig,
     InferConfig,
     ChatConfig,
+    DeployConfig,
     MergeConfig,
     ModelsListConfig,
     ModelConfigArgument,

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from swift.config.options import Config, opt
+from swift.config.backends import BACKENDS, BackendsConfig
+from swift.config.options import opt
 from swift.errors import ConfigError
 
 
 @dataclass(kw_only=True)
-class GenerateConfig(Config):
+class GenerateConfig(BackendsConfig):
     """Generation."""
 
     max_new_tokens: int | None = opt(None, "most tokens of an answer; by default what fits the context, at most 2048", minimum=1)
@@ -18,11 +19,29 @@ class GenerateConfig(Config):
     num_beams: int = opt(1, "beams of a beam search; 1 samples or takes the likeliest token", minimum=1)
     stop_words: list[str] = opt([], "texts at which an answer ends; they are not part of it")
     stream: bool | None = opt(None, "show an answer while it is written; by default in a terminal")
-    infer_backend: str = opt("transformers", "engine that generates", choices=("transformers",))
+    infer_backend: str | None = opt(
+        None,
+        "engine that generates; by default native, or transformers where that cannot run the model",
+        choices=BACKENDS,
+    )
     max_model_len: int | None = opt(None, "longest prompt and answer together, in tokens", minimum=2)
+    max_batch_size: int | None = opt(
+        None, "answers computed at the same time; by default 64 (native, openvino), 16 (llamacpp, remote) or 1 (transformers)", minimum=1
+    )
+    kv_cache_gib: float = opt(1.0, "native, openvino: memory for keys and values, taken as it is used", minimum=0.001)
+    max_num_batched_tokens: int = opt(512, "native, openvino: tokens of one forward pass; longer prompts take several", minimum=1)
+    enable_prefix_caching: bool = opt(True, "native, openvino: compute the common beginning of prompts once")
+    weight_format: str | None = opt(
+        None,
+        "native on a CPU: format in which weights are kept, computed with in float32; by default the smallest one that loses nothing;"
+        " torch leaves them to torch's own kernels",
+        choices=("float32", "float16", "bfloat16", "int8", "int4", "torch"),
+    )
+    num_speculative_tokens: int = opt(0, "native: tokens guessed from what was said before, computed along and kept if right", minimum=0)
 
     def check(self) -> None:
         super().check()
+        self.check_backend(self.infer_backend, self.max_model_len)
         if self.temperature == 0:
             self.refuse_without_effect(("top_k", "top_p"), "with --temperature 0")
         if self.num_beams > 1 and self.stream:

@@ -1,18 +1,18 @@
 """swift chat: a conversation in the terminal."""
 
 import sys
+from dataclasses import replace
 from typing import Any
-
-import torch
 
 from swift import console
 from swift.config.commands import ChatConfig
 from swift.data.records import Message
 from swift.data.render import render_prompt
-from swift.engine.load import load_for_inference, sampling
-from swift.engine.text import stream
+from swift.engine.answers import pieces
+from swift.engine.base import Engine, Request
+from swift.engine.load import make_engine, sampling, source_of
+from swift.engine.source import Source
 from swift.errors import DataError
-from swift.model.load import Loaded
 from swift.model.template import read_system
 
 HELP = "commands: /clear starts anew, /system TEXT sets the system message, /multi reads lines up to a single '.', /exit leaves"
@@ -20,17 +20,18 @@ HELP = "commands: /clear starts anew, /system TEXT sets the system message, /mul
 
 def run_chat(config: ChatConfig) -> None:
     """Load the model and talk."""
-    converse(config, load_for_inference(config), system=read_system(config.system))
+    converse(source_of(config), system=read_system(config.system))
 
 
-def converse(config: Any, loaded: Loaded, *, system: str | None) -> None:
+def converse(source: Source, *, system: str | None) -> None:
     """Read questions from standard input until it ends; answers stream to standard output.
 
     Ctrl-C stops an answer, not the conversation; what was said so far stays.
     """
-    torch.manual_seed(config.seed)
+    config = source.config
+    engine = make_engine(source)
     is_terminal = sys.stdin.isatty()
-    console.say(f"{config.adapters[0] if config.adapters else config.model} on {loaded.device}; /help lists commands, Ctrl-D leaves")
+    console.say(f"{config.adapters[0] if config.adapters else config.model} on {source.place}; /help lists commands, Ctrl-D leaves")
     messages = _start(system)
     while True:
         try:
@@ -48,9 +49,9 @@ def converse(config: Any, loaded: Loaded, *, system: str | None) -> None:
         messages.append(Message(role="user", content=question))
         try:
             prompt = render_prompt(
-                messages, loaded.tokenizer, enable_thinking=config.enable_thinking, use_chat_template=_has_template(config, loaded)
+                messages, source.tokenizer, enable_thinking=config.enable_thinking, use_chat_template=_has_template(source)
             )
-            answer = _speak(config, loaded, prompt)
+            answer = _speak(config, engine, prompt, number=len(messages))
         except DataError as problem:
             messages.pop()
             console.error(problem)
@@ -58,8 +59,8 @@ def converse(config: Any, loaded: Loaded, *, system: str | None) -> None:
         messages.append(Message(role="assistant", content=answer))
 
 
-def _has_template(config: Any, loaded: Loaded) -> bool:
-    return getattr(config, "use_chat_template", None) is not False and loaded.tokenizer.chat_template is not None
+def _has_template(source: Source) -> bool:
+    return getattr(source.config, "use_chat_template", None) is not False and source.tokenizer.chat_template is not None
 
 
 def _start(system: str | None) -> list[Message]:
@@ -88,16 +89,17 @@ def _command(text: str, messages: list[Message]) -> list[Message]:
     return messages
 
 
-def _speak(config: Any, loaded: Loaded, prompt: list[int]) -> str:
-    pieces = []
-    answer = stream(loaded.model, loaded.tokenizer, prompt, sampling(config))
+def _speak(config: Any, engine: Engine, prompt: list[int], *, number: int) -> str:
+    said = []
+    request = Request(id="chat", prompt=tuple(prompt), sampling=replace(sampling(config), seed=config.seed + number))
+    answer = pieces(engine, request)
     try:
         for piece in answer:
-            pieces.append(piece)
+            said.append(piece)
             sys.stdout.write(piece)
             sys.stdout.flush()
     except KeyboardInterrupt:
-        answer.close()  # type: ignore[attr-defined]
+        answer.close()
         sys.stdout.write(" [stopped]")
     print(flush=True)
-    return "".join(pieces)
+    return "".join(said)

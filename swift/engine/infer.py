@@ -1,24 +1,25 @@
 """swift infer: answer a data set, or questions in the terminal."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from swift import console
 from swift.config.commands import InferConfig
 from swift.data.load import load_records
 from swift.data.records import Message, Record
 from swift.data.render import render_prompt
-from swift.engine.load import adapter_or_model_path, load_for_inference, sampling
-from swift.engine.text import Completion, complete, stream
+from swift.engine.answers import answers, pieces
+from swift.engine.base import Completion, Engine, Request
+from swift.engine.load import adapter_or_model_path, make_engine, sampling, source_of
+from swift.engine.source import Source
 from swift.errors import ConfigError
 from swift.files import explain_os_errors
-from swift.model.load import Loaded
 from swift.model.template import read_system
 
 
@@ -27,29 +28,31 @@ def run_infer(config: InferConfig) -> list[dict[str, Any]] | None:
     if not (config.dataset or config.val_dataset):
         from swift.engine.chat import converse
 
-        converse(config, load_for_inference(config, merge=config.merge_lora), system=read_system(config.system))
+        converse(source_of(config, merge=config.merge_lora), system=read_system(config.system))
         return None
     records = _records(config)
     place = _result_path(config)
-    loaded = load_for_inference(config, merge=config.merge_lora)
-    torch.manual_seed(config.seed)
-    results = []
+    results = _answered(place, records)
+    if results:
+        console.say(f"{place} holds the first {len(results)} of {len(records)} answers; the rest follow")
+    source = source_of(config, merge=config.merge_lora)
+    engine = make_engine(source)
     place.parent.mkdir(parents=True, exist_ok=True)
-    begin, tokens = time.monotonic(), 0
-    with explain_os_errors(place), place.open("x", encoding="utf-8") as file, console.progress() as bar:
-        task = bar.add_task("infer", total=len(records), facts="")
-        for rows in _batches(records, config.max_batch_size):
-            for record, answer in zip(rows, _answer(config, loaded, rows), strict=True):
-                result = as_result(record, answer)
-                file.write(json.dumps(result, ensure_ascii=False) + "\n")
-                file.flush()
-                results.append(result)
-                tokens += len(answer.token_ids)
-                bar.update(task, advance=1)
+    begin, tokens, count = time.monotonic(), 0, len(results)
+    with explain_os_errors(place), place.open("a", encoding="utf-8") as file, console.progress() as bar:
+        task = bar.add_task("infer", total=len(records), completed=count, facts="")
+        rest = records[count:]
+        for record, answer in zip(rest, _answer(source, engine, rest, first=count), strict=True):
+            result = as_result(record, answer)
+            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            file.flush()
+            results.append(result)
+            tokens += len(answer.token_ids)
+            bar.update(task, advance=1)
+    engine.close()
     seconds = time.monotonic() - begin
-    console.say(
-        f"answers: {len(results)}, {tokens} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s); written to {place}"
-    )
+    rate = f"{tokens} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s)"
+    console.say(f"answers: {len(results)}, {rate}; written to {place}")
     return results
 
 
@@ -58,9 +61,11 @@ def answer_prompts(config: InferConfig, prompts: list[str]) -> list[str]:
     system = read_system(config.system)
     start = [Message(role="system", content=system)] if system else []
     records = [Record(messages=[*start, Message(role="user", content=text)], source="argument") for text in prompts]
-    loaded = load_for_inference(config, merge=config.merge_lora)
-    torch.manual_seed(config.seed)
-    return [answer.text for rows in _batches(records, config.max_batch_size) for answer in _answer(config, loaded, rows)]
+    source = source_of(config, merge=config.merge_lora)
+    engine = make_engine(source)
+    texts = [answer.text for answer in _answer(source, engine, records)]
+    engine.close()
+    return texts
 
 
 def _records(config: InferConfig) -> list[Record]:
@@ -90,43 +95,75 @@ def _records(config: InferConfig) -> list[Record]:
 
 def _result_path(config: InferConfig) -> Path:
     if config.result_path is not None:
-        path = Path(config.result_path)
-    else:
-        folder = adapter_or_model_path(config) or Path("infer_result")
-        path = (folder / "infer_result" if folder.name != "infer_result" else folder) / f"{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-    if path.exists():
-        raise ConfigError(f"--result_path {path} exists", hint="name another file, or remove it")
-    return path
+        return Path(config.result_path)
+    folder = adapter_or_model_path(config) or Path("infer_result")
+    return (folder / "infer_result" if folder.name != "infer_result" else folder) / f"{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
 
 
-def _batches(records: list[Record], size: int) -> Iterator[list[Record]]:
-    for at in range(0, len(records), size):
-        yield records[at : at + size]
+def _answered(place: Path, records: list[Record]) -> list[dict[str, Any]]:
+    """The answers that ``place`` holds from a run that was stopped; a last line that is not whole is cut off.
+
+    Raises ConfigError if they are no answers to the first of ``records``.
+    """
+    if not place.exists():
+        return []
+    with explain_os_errors(place):
+        raw = place.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    lines = whole.decode("utf-8", "replace").splitlines()
+    found: list[dict[str, Any]] = []
+    for line, record in zip(lines, records, strict=False):
+        try:
+            result = json.loads(line)
+            is_same = result["messages"][:-1] == [{"role": message.role, "content": message.content} for message in record.messages]
+        except (ValueError, TypeError, KeyError):
+            is_same = False
+        if not is_same:
+            break
+        found.append(result)
+    if len(found) < len(lines) or (raw and not lines):
+        raise ConfigError(f"--result_path {place} exists and holds something else", hint="name another file, or remove it")
+    if len(whole) < len(raw):
+        with explain_os_errors(place):
+            os.truncate(place, len(whole))
+    return found
 
 
-def _answer(config: InferConfig, loaded: Loaded, rows: list[Record]) -> list[Completion]:
-    prompts = [
-        render_prompt(
-            row.messages,
-            loaded.tokenizer,
-            tools=row.tools,
-            enable_thinking=config.enable_thinking,
-            use_chat_template=config.use_chat_template is not False,
-        )
-        for row in rows
-    ]
-    settings = sampling(config)
-    if not (config.stream and len(rows) == 1 and not console.is_json()):
-        return complete(loaded.model, loaded.tokenizer, prompts, settings)
-    print(f"> {rows[0].messages[-1].text()}")
-    pieces = []
-    for piece in stream(loaded.model, loaded.tokenizer, prompts[0], settings):
-        pieces.append(piece)
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    print("\n")
-    text = "".join(pieces)
-    return [Completion(text, loaded.tokenizer(text, add_special_tokens=False).input_ids, "stop")]
+def _answer(source: Source, engine: Engine, records: list[Record], *, first: int = 0) -> Iterator[Completion]:
+    """Answers in the order of ``records``, of which the first one is number ``first``.
+
+    The seed of each depends on its number, so that neither batches nor a stop between change anything.
+    """
+    config = source.config
+    requests = (
+        Request(id=str(number), prompt=_prompt(source, record), sampling=replace(sampling(config), seed=config.seed + number))
+        for number, record in enumerate(records, start=first)
+    )
+    if not config.stream or console.is_json():
+        yield from answers(engine, requests)
+        return
+    for request, record in zip(requests, records, strict=True):
+        print(f"> {record.messages[-1].text()}")
+        written = pieces(engine, request)
+        try:
+            while True:
+                sys.stdout.write(next(written))
+                sys.stdout.flush()
+        except StopIteration as end:
+            print("\n")
+            yield end.value
+
+
+def _prompt(source: Source, record: Record) -> tuple[int, ...]:
+    config = source.config
+    ids = render_prompt(
+        record.messages,
+        source.tokenizer,
+        tools=record.tools,
+        enable_thinking=config.enable_thinking,
+        use_chat_template=config.use_chat_template is not False,
+    )
+    return tuple(ids)
 
 
 def as_result(record: Record, answer: Completion) -> dict[str, Any]:

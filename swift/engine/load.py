@@ -1,19 +1,20 @@
-"""A model that is ready to answer: base, adapters, tokenizer, sampling."""
+"""What answers: the model on disk that the options name, the engine for it, and its sampling."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from swift import hub
+from swift import console, hub
 from swift.config.generate import GenerateConfig
 from swift.config.model import ModelConfig, QuantConfig
-from swift.engine.text import Sampling
-from swift.errors import ConfigError
+from swift.engine import ENGINES
+from swift.engine.base import Engine, Sampling
+from swift.engine.source import Source
+from swift.errors import ConfigError, ModelError
 from swift.model.checkpoints import adapter_folder, model_reference
 from swift.model.device import DTYPES
-from swift.model.load import Loaded, Quantization, load_model
-from swift.model.template import read_template
-from swift.tuner.adapter import ADAPTER_CONFIG, with_adapter
+from swift.model.load import Loaded, Quantization
+from swift.tuner.adapter import ADAPTER_CONFIG
 
 
 def base_reference(config: ModelConfig) -> str:
@@ -28,28 +29,20 @@ def base_reference(config: ModelConfig) -> str:
     return str(settings["base_model_name_or_path"])
 
 
-def load_for_inference(config: ModelConfig, *, merge: bool = False) -> Loaded:
-    """The model of ``config`` with its adapter, in evaluation mode."""
+def source_of(config: Any, *, merge: bool = False) -> Source:
+    """The model of ``config`` with its adapter, on disk; ``merge`` puts the adapter into the weights when they are loaded."""
     if len(config.adapters) > 1:
         raise ConfigError(f"--adapters takes one adapter here, not {len(config.adapters)}", hint="run them one after the other")
     folder = adapter_folder(config.adapters[0]) if config.adapters else None
     snapshot = hub.resolve(
         base_reference(config), config.model_revision, use_hf=config.use_hf, token=config.hub_token, offline=config.offline
     )
-    loaded = load_model(
-        snapshot.path,
-        torch_dtype=config.torch_dtype,
-        attn_impl=config.attn_impl,
-        device=config.device,
-        quantization=quantization(config) if isinstance(config, QuantConfig) else None,
-        chat_template=read_template(config.chat_template),
-    )
-    if folder is None:
-        return loaded
-    model = with_adapter(loaded.model, folder)
-    if merge:
-        model = model.merge_and_unload()
-    return Loaded(model, loaded.tokenizer, loaded.device, loaded.dtype, loaded.dtype_reason)
+    return Source(snapshot.path, config, folder, merge, quantization(config) if isinstance(config, QuantConfig) else None)
+
+
+def load_for_inference(config: ModelConfig, *, merge: bool = False) -> Loaded:
+    """The model of ``config`` with its adapter, in torch, in evaluation mode."""
+    return source_of(config, merge=merge).loaded
 
 
 def quantization(config: Any) -> Quantization | None:
@@ -68,9 +61,42 @@ def sampling(config: GenerateConfig) -> Sampling:
         top_p=config.top_p,
         repetition_penalty=config.repetition_penalty,
         num_beams=config.num_beams,
-        stop_words=list(config.stop_words),
+        stop_words=tuple(config.stop_words),
         max_model_len=config.max_model_len,
     )
+
+
+def make_engine(source: Source) -> Engine:
+    """The engine of --infer_backend; without it the native one, or transformers' where that cannot run the model or the request."""
+    config = source.config
+    if config.infer_backend is not None:
+        return make_engine_of(config.infer_backend, source)
+    if config.num_beams > 1:
+        return make_engine_of("transformers", source)
+    try:
+        return make_engine_of("native", source)
+    except ModelError as problem:
+        console.notice(f"{problem}; transformers' generate is used")
+        return make_engine_of("transformers", source)
+
+
+def make_engine_of(name: str, source: Source) -> Engine:
+    engine: Engine = ENGINES.get(name)(source)
+    return engine
+
+
+def make_native(source: Source) -> Engine:
+    """The native engine, which computes with the weights in torch."""
+    from swift.engine.native.engine import make
+
+    return make(source.loaded, source.config)
+
+
+def make_transformers(source: Source) -> Engine:
+    """transformers' generate, with the weights in torch."""
+    from swift.engine.transformers import make
+
+    return make(source.loaded, source.config)
 
 
 def adapter_or_model_path(config: ModelConfig) -> Path | None:

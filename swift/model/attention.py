@@ -1,7 +1,8 @@
 """Attention over a flattened batch: each document by itself, shared beginnings computed once, for any model of transformers.
 
 A model is switched once (`use_packed_attention`). After that a forward pass with ``layout=`` computes per document; one
-without it (evaluation of padded rows, generation) does what the model did before.
+with ``attend=`` leaves attention to that function, as engines do that have a cache of their own; one without either
+(evaluation of padded rows, generation) does what the model did before.
 """
 
 from typing import Any
@@ -77,9 +78,11 @@ def packed_inputs(layout: Layout, device: torch.device, root: Root | None = None
 
 
 def _attention_after(base: str) -> Any:
-    """The attention function that is packed with a layout, and ``base``'s without one."""
+    """The attention function that is packed with a layout, ``attend`` if that is given, and ``base``'s without either."""
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
+        if (attend := options.pop("attend", None)) is not None:
+            return attend(module, query, key, value, **options), None
         layout, root = options.pop("layout", None), options.pop("root", None)
         if layout is None:
             return _unpacked(base, module)(module, query, key, value, attention_mask, **options)
@@ -138,12 +141,12 @@ def packed_attention(
             output = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
         else:
             mask = causal(layout, length, k.shape[2], sliding_window, q.device)
-            output = _eager(q, k, v, mask, scaling, dropout, softcap, s_aux)
+            output = eager_attention(q, k, v, mask, scaling, dropout, softcap, s_aux)
         outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1)
 
 
-def _eager(
+def eager_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -160,7 +163,7 @@ def _eager(
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if s_aux is not None:
-        sinks = s_aux.reshape(1, -1, 1, 1).expand(1, -1, query.shape[2], 1).to(scores.dtype)
+        sinks = s_aux.reshape(1, -1, 1, 1).expand(query.shape[0], -1, query.shape[2], 1).to(scores.dtype)
         scores = torch.cat([scores, sinks], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     if s_aux is not None:

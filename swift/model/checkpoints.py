@@ -68,3 +68,21 @@ def model_reference(reference: str) -> str:
     if path.is_dir() and not (path / "config.json").is_file() and ((path / ARGS_FILE).is_file() or checkpoints_in(path)):
         return str(newest_checkpoint(path))
     return reference
+
+
+def named_adapters(places: list[str]) -> tuple[list[str], dict[str, Path]]:
+    """Of what --adapters lists: the places without a name, and the folders of those given as NAME=PLACE.
+
+    CheckpointError for a name that is given twice, or a place without an adapter.
+    """
+    plain: list[str] = []
+    named: dict[str, Path] = {}
+    for place in places:
+        name, equals, folder = place.partition("=")
+        if not equals or "/" in name or Path(place).exists():
+            plain.append(place)
+        elif name in named:
+            raise CheckpointError(f"two adapters are named {name}", hint="give each a name of its own")
+        else:
+            named[name] = adapter_folder(folder)
+    return plain, named

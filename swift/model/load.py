@@ -84,6 +84,13 @@ def pad_token_id(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's and those of the model's generation_config."""
+    own = model.generation_config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    return sorted({int(token) for token in [tokenizer.eos_token_id, *listed] if token is not None})
+
+
 def load_model(
     path: Path,
     *,

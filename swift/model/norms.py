@@ -14,17 +14,31 @@ def use_lean_norms(model: Any) -> int:
     """Replace the forward passes of ``model``'s RMSNorms in float32 on a CPU; how many. Which ones they are is tried."""
     count = 0
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(epsilon, float) or any(module.children()):
-            continue
-        if weight.dtype != torch.float32 or weight.device.type != "cpu" or len(list(module.parameters())) != 1:
-            continue
-        offset = _offset(module, weight, epsilon)
-        if offset is not None:
-            module.forward = _LeanForward(module, epsilon, offset, module.forward)
+        if (found := _as_rms_norm(module)) is not None:
+            module.forward = _LeanForward(module, *found, module.forward)
             count += 1
     return count
+
+
+def rms_norm_of(module: nn.Module) -> tuple[Tensor, float] | None:
+    """Weight (D,) and epsilon of ``module``, if it turns out to be an RMSNorm in float32 on a CPU; else None."""
+    found = _as_rms_norm(module)
+    if found is None:
+        return None
+    weight: Any = module.weight
+    return weight.detach() + found[1], found[0]
+
+
+def _as_rms_norm(module: Any) -> tuple[float, float] | None:
+    """Epsilon, and what is added to the weight."""
+    weight = getattr(module, "weight", None)
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(epsilon, float) or any(module.children()):
+        return None
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or len(list(module.parameters())) != 1:
+        return None
+    offset = _offset(module, weight, epsilon)
+    return None if offset is None else (epsilon, offset)
 
 
 def _offset(module: nn.Module, weight: Tensor, epsilon: float) -> float | None:

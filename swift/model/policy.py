@@ -59,6 +59,16 @@ class Policy:
             loss = loss + self.router_aux_loss_coef * (batch.weight_S != 0).sum() * balance
         return loss, right
 
+    def logits(self, rows_K: Tensor, **inputs: Any) -> Tensor:
+        """(K, V) logits at places ``rows_K`` of the one row that ``inputs`` of the decoder describe."""
+        if not self.has_own_head:
+            logits_KV: Tensor = self.inner(use_cache=False, **inputs).logits[0].index_select(0, rows_K)
+            return logits_KV
+        output = self.decoder(use_cache=False, **inputs)
+        self._output_type = type(output)
+        hidden_KD = output.last_hidden_state[0].index_select(0, rows_K)
+        return hidden_KD @ self.head.T if isinstance(self.head, Tensor) else self.head(hidden_KD)
+
     @contextlib.contextmanager
     def root(self, ids_P: Tensor | None, document_length: int | None = None) -> Iterator[None]:
         """Within, batches whose layout has a root of P tokens continue ``ids_P``, which are computed once, here.
@@ -131,7 +141,7 @@ class Policy:
         """Whether head(decoder(tokens)) is what the model computes."""
         if "forward" in vars(self.decoder) or self.inner.get_output_embeddings() is None:
             return False
-        with _evaluating(self.inner):
+        with evaluating(self.inner):
             ids = probe_ids(self.inner, 4)
             try:
                 wanted = self.inner(input_ids=ids, use_cache=False).logits[0]
@@ -140,7 +150,7 @@ class Policy:
                 found = self._head(output.last_hidden_state[0])
             except (AttributeError, TypeError, ValueError, AssertionError):
                 return False
-        return found.shape == wanted.shape and _is_close(found, wanted)
+        return found.shape == wanted.shape and is_close(found, wanted)
 
     @torch.no_grad()
     def _head_is_product(self) -> bool:
@@ -151,8 +161,8 @@ class Policy:
         weight = layer.weight
         states = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
         sizes = [states * size / (states @ weight.T).abs().max().clamp_min(1e-6) for size in (1.0, 1000.0)]
-        with _evaluating(self.inner):
-            return all(_is_close(self._head(some), some @ weight.T, exactly=True) for some in sizes)
+        with evaluating(self.inner):
+            return all(is_close(self._head(some), some @ weight.T, exactly=True) for some in sizes)
 
 
 def packing_fault(model: Any) -> str | None:
@@ -181,7 +191,7 @@ def packing_fault(model: Any) -> str | None:
 
 @torch.no_grad()
 def _is_finite(model: Any) -> bool:
-    with _evaluating(model):
+    with evaluating(model):
         return bool(model(input_ids=probe_ids(model, 4), use_cache=False).logits.isfinite().all())
 
 
@@ -200,16 +210,16 @@ def _keeps_documents_apart(model: Any) -> bool:
         logits: Tensor = model(input_ids=ids, position_ids=layout.position_ids().to(ids.device), use_cache=False, **inputs).logits[0]
         return logits
 
-    with _evaluating(model), _narrow_windows(model):
+    with evaluating(model), narrow_windows(model):
         first = packed(ids)
         for places in documents:
-            if not _is_close(first[places], model(input_ids=ids[:, places], use_cache=False).logits[0]):
+            if not is_close(first[places], model(input_ids=ids[:, places], use_cache=False).logits[0]):
                 return False
             changed = ids.roll(1, dims=1)
             changed[:, places] = ids[:, places]
-            if not _is_close(packed(changed)[places], first[places], exactly=True):
+            if not is_close(packed(changed)[places], first[places], exactly=True):
                 return False
-        return _is_close(_after_root(model, ids[:, :7]), first[3:7])
+        return is_close(_after_root(model, ids[:, :7]), first[3:7])
 
 
 def _after_root(model: Any, ids: Tensor) -> Tensor:
@@ -222,7 +232,7 @@ def _after_root(model: Any, ids: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _narrow_windows(model: Any) -> Iterator[None]:
+def narrow_windows(model: Any) -> Iterator[None]:
     owners = [model.config, model.config.get_text_config(), *model.modules()]
     owners = [owner for owner in owners if isinstance(getattr(owner, "sliding_window", None), int)]
     kept = [owner.sliding_window for owner in owners]
@@ -236,7 +246,7 @@ def _narrow_windows(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
@@ -252,7 +262,7 @@ def probe_ids(model: Any, count: int) -> Tensor:
     return ids[None].to(weight.device)
 
 
-def _is_close(found: Tensor, wanted: Tensor, *, exactly: bool = False) -> bool:
+def is_close(found: Tensor, wanted: Tensor, *, exactly: bool = False) -> bool:
     """Equal but for the rounding of another order of sums; ``exactly``: of experts that get other numbers of tokens."""
     tolerance = 1e-3 if wanted.dtype == torch.float32 else 0.05
     if exactly:

@@ -10,7 +10,8 @@ import torch
 
 from swift.config.commands import SftConfig
 from swift.data.render import render_prompt
-from swift.engine.text import Sampling, complete
+from swift.engine.base import Sampling
+from swift.engine.transformers import complete
 from swift.files import new_file, write_json, write_text
 from swift.train.memory import peak_memory_gib
 from swift.train.prepare import Data, rows_read, training_rows, tuner_text

@@ -61,6 +61,30 @@ def test_an_answer_file_is_never_overwritten(trained, rows, tmp_path):
     assert place.read_text() == "mine"
 
 
+def test_a_stopped_infer_goes_on_where_it_stopped(trained, rows, tmp_path):
+    place = tmp_path / "answers.jsonl"
+    words = ["infer", "--adapters", str(trained.run), "--val_dataset", f"{rows}#6", "--result_path", str(place)]
+    words += ["--temperature", "1", "--max_new_tokens", "5"]
+    cli.run(words)
+    whole = place.read_text()
+    lines = whole.splitlines(keepends=True)
+    place.write_text("".join(lines[:2]) + lines[2][:20])  # a line that was being written
+    cli.run(words)
+    assert place.read_text() == whole
+    cli.run(words)
+    assert place.read_text() == whole
+
+
+def test_both_engines_answer_alike(trained, rows, tmp_path):
+    texts = []
+    for engine in ("native", "transformers"):
+        place = tmp_path / f"{engine}.jsonl"
+        words = ["infer", "--adapters", str(trained.run), "--val_dataset", f"{rows}#6", "--result_path", str(place), "--temperature", "0"]
+        cli.run([*words, "--max_new_tokens", "8", "--infer_backend", engine, "--max_batch_size", "4"])
+        texts.append([json.loads(line)["response"] for line in place.read_text().splitlines()])
+    assert texts[0] == texts[1]
+
+
 def test_chat_answers_questions_and_obeys_commands(trained, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("/help\nquestion 1\n/clear\n/multi\na\nb\n.\n/nonsense\n/exit\n"))
     cli.run(["chat", "--adapters", str(trained.run), "--max_new_tokens", "4", "--temperature", "0"])

@@ -1,7 +1,7 @@
 from swift.data.collate import flat_batch
 from swift.model.noise import add_noise
 from swift.model.policy import Policy, packing_fault
-from tests.model.test_policy import build
+from tests.families import build
 
 
 def test_rows_side_by_side_get_the_noise_of_their_own_lengths():

@@ -6,7 +6,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from swift.model.norms import recipe, use_lean_norms
-from tests.model.test_policy import build
+from tests.families import build
 
 
 def norm(kind, width=24):

@@ -1,0 +1,1 @@
+"""The engine of the project: continuous batching over a paged KV cache, with transformers' own model classes."""

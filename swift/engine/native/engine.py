@@ -1,0 +1,360 @@
+"""The native engine: requests in, deltas out, one forward pass a step."""
+
+import secrets
+from collections.abc import Callable
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from swift import console
+from swift.config.generate import GenerateConfig
+from swift.engine.base import Delta, FinishReason, Logprob, Request, Sampling, resolved
+from swift.engine.native.blocks import ROOT, Blocks
+from swift.engine.native.compiled import kernels
+from swift.engine.native.guide import Guides
+from swift.engine.native.ngram import Guesser
+from swift.engine.native.packed import Format
+from swift.engine.native.pages import PagedCache
+from swift.engine.native.runner import Runner, paging_fault
+from swift.engine.native.sampler import Chooser, choose, logprobs
+from swift.engine.native.scheduler import Part, Scheduler, Sequence
+from swift.engine.writer import Writer
+from swift.errors import ConfigError, DataError, MachineError, ModelError
+from swift.model.load import Loaded, end_tokens
+
+LOGPROB_ROWS = 64  # of a prompt, whose logits are turned into log-probabilities at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeOptions:
+    """``kv_cache_bytes`` is what keys and values may take; ``max_num_tokens`` what one forward pass computes at most.
+
+    ``num_guessed``: tokens that are guessed from what was said before and computed along; 0 guesses none. ``weights``: the
+    format that the engine keeps them in, for which it takes the model apart; None leaves the model as it is.
+    """
+
+    kv_cache_bytes: int = 2**30
+    block_size: int = 16
+    max_num_seqs: int = 64
+    max_num_tokens: int = 512
+    max_model_len: int | None = None
+    shares_prefixes: bool = True
+    num_guessed: int = 0
+    weights: Format | Literal["auto"] | None = None
+
+
+@dataclass(eq=False)
+class _Answer:
+    """A request under way."""
+
+    request: Request
+    sampling: Sampling
+    sequence: Sequence
+    chooser: Chooser
+    writer: Writer
+    room: int  # tokens that the answer may have
+    guesser: Guesser = field(default_factory=Guesser)
+    prompt_logprobs: list[Logprob | None] = field(default_factory=list)
+    has_begun: bool = False
+
+
+class NativeEngine:
+    """Continuous batching over a paged cache. Raises ModelError for a model whose attention cannot be paged."""
+
+    def __init__(self, loaded: Loaded, options: NativeOptions) -> None:
+        model = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
+        if (fault := paging_fault(model)) is not None:
+            raise ModelError(f"the native engine cannot run this model: {fault}", hint="--infer_backend transformers")
+        self.loaded = loaded
+        self.options = options
+        self.max_model_len = min(_context(model), options.max_model_len or 2**62)
+        self._generation_config = model.generation_config
+        self._ends = tuple(end_tokens(model, loaded.tokenizer))
+        runner = Runner(model, PagedCache(0, options.block_size), options.weights)
+        size = runner.bytes_per_token() * options.block_size
+        most = -(-options.max_num_seqs * min(self.max_model_len, 2**31) // options.block_size)
+        num_blocks = min(options.kv_cache_bytes // size, most)
+        if num_blocks < 1:
+            raise ModelError(f"{options.kv_cache_bytes} bytes hold no block of {options.block_size} tokens ({size} bytes)")
+        runner.cache.num_blocks = num_blocks
+        self.runner = runner
+        self.scheduler = Scheduler(
+            Blocks(num_blocks, options.block_size),
+            max_num_seqs=options.max_num_seqs,
+            max_num_tokens=max(options.max_num_tokens, options.max_num_seqs),
+            shares_prefixes=options.shares_prefixes,
+        )
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        self._guides = Guides(loaded.tokenizer, vocabulary, self._ends)
+        self._answers: dict[str, _Answer] = {}
+        self.num_prompt_tokens = 0  # of requests that have begun to be answered
+        self.num_cached_tokens = 0
+
+    def add(self, request: Request) -> None:
+        """See Engine."""
+        if request.id in self._answers:
+            raise DataError(f"the request {request.id} is under way")
+        if request.adapter is not None and request.adapter not in self.runner.adapters:
+            raise DataError(f"no adapter {request.adapter!r} is loaded")
+        sampling = resolved(request.sampling, self._generation_config)
+        length = len(request.prompt)
+        cached = self.scheduler.blocks.num_blocks * self.options.block_size
+        limit = min(self.max_model_len, sampling.max_model_len or self.max_model_len, cached)
+        room = min(sampling.max_new_tokens, limit - length)
+        if not request.prompt:
+            raise DataError("the prompt has no tokens")
+        if room < 1:
+            raise DataError(f"the prompt has {length} tokens, the model's context {limit}", hint="shorten it")
+        salt = ROOT if request.adapter is None else self.runner.adapters.salt(request.adapter)
+        sequence = Sequence(
+            request.id, list(request.prompt), adapter=request.adapter, salt=salt, reads_cache=sampling.prompt_logprobs is None
+        )
+        ends = () if sampling.ignore_eos else self._ends
+        chooser = Chooser(
+            sampling,
+            seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+            prompt=frozenset(request.prompt),
+            ends=tuple(sorted({*ends, *sampling.stop_token_ids})),
+            guide=None if sampling.grammar is None else self._guides.make(sampling.grammar),
+        )
+        writer = Writer(self._decoder(sampling.skip_special_tokens), sampling.stop_words)
+        self._answers[request.id] = _Answer(request, sampling, sequence, chooser, writer, room)
+        self.scheduler.add(sequence)
+
+    @property
+    def is_idle(self) -> bool:
+        """See Engine."""
+        return self.scheduler.is_idle
+
+    def facts(self) -> dict[str, float]:
+        """How the engine stands, for metrics: counts since the start, and what is held now."""
+        blocks = self.scheduler.blocks
+        return {
+            "num_requests_running": len(self.scheduler.running),
+            "num_requests_waiting": len(self.scheduler.waiting),
+            "num_preemptions_total": self.scheduler.num_preemptions,
+            "kv_cache_usage_perc": 1 - blocks.num_free / blocks.num_blocks,
+            "prefix_cache_queries_total": self.num_prompt_tokens,
+            "prefix_cache_hits_total": self.num_cached_tokens,
+        }
+
+    @torch.inference_mode()
+    def step(self) -> list[Delta]:
+        """See Engine."""
+        step = self.scheduler.plan()
+        if not step.parts:
+            return []
+        logits = self.runner.run(step)
+        prompts = [self._of_prompt(part, rows) for part, rows in zip(step.parts, logits, strict=True)]
+        chosen = self._choose(step.parts, [rows for rows, _ in prompts])
+        self.scheduler.computed(step, [tokens for tokens, _ in chosen])
+        deltas = []
+        for part, (tokens, values) in zip(step.parts, chosen, strict=True):
+            if tokens:
+                deltas.append(self._progress(self._answers[part.sequence.id], tokens, values))
+        return deltas
+
+    def embed(self, prompts: List[List[int]]) -> list[list[float]]:
+        """A vector of length 1 for each prompt: the last hidden state of its last token. DataError for one that is too long."""
+        for prompt in prompts:
+            if not 0 < len(prompt) <= self.max_model_len:
+                raise DataError(f"the prompt has {len(prompt)} tokens, the model's context {self.max_model_len}", hint="shorten it")
+        vectors: list[list[float]] = []
+        begin = 0
+        while begin < len(prompts):
+            end = begin + 1
+            while end < len(prompts) and sum(map(len, prompts[begin : end + 1])) <= self.options.max_num_tokens:
+                end += 1
+            vectors += self.runner.embed(prompts[begin:end]).tolist()
+            begin = end
+        return vectors
+
+    def load_adapter(self, name: str, path: Path) -> None:
+        """The LoRA adapter in ``path``, for requests that name it. CheckpointError if it does not fit."""
+        self.runner.adapters.load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """DataError if it is not loaded, or requests under way use it."""
+        count = sum(answer.request.adapter == name for answer in self._answers.values())
+        if count:
+            raise DataError(f"{count} requests under way use the adapter {name!r}", hint="wait for them")
+        self.runner.adapters.unload(name)
+
+    def abort(self, id: str) -> None:
+        """See Engine."""
+        if (answer := self._answers.pop(id, None)) is not None:
+            self.scheduler.remove(answer.sequence)
+
+    def close(self) -> None:
+        """See Engine."""
+        for id in list(self._answers):
+            self.abort(id)
+        self.runner.cache.layers.clear()
+
+    def _of_prompt(self, part: Part, rows: Tensor | None) -> tuple[Tensor | None, None]:
+        """The rows of ``part`` that new tokens come from; those of a prompt are noted, if wanted, and taken away."""
+        sequence = part.sequence
+        if rows is None or sequence.reads_cache or part.begin >= sequence.num_prompt:
+            return rows, None
+        answer = self._answers[sequence.id]
+        last = rows[part.end - part.begin - 1 :] if part.is_last else None
+        noted = answer.prompt_logprobs
+        if not noted:
+            noted.append(None)  # nothing comes before the first token
+        begin = len(noted)
+        end = min(part.end + 1, sequence.num_prompt)
+        for at in range(begin, end, LOGPROB_ROWS):
+            tokens = sequence.tokens[at : min(at + LOGPROB_ROWS, end)]
+            some = rows[at - 1 - part.begin : at - 1 - part.begin + len(tokens)]
+            noted += logprobs(some, tokens, [answer.sampling.prompt_logprobs or 0] * len(tokens))
+        return last, None
+
+    def _choose(self, parts: List[Part], logits: List[Tensor | None]) -> list[tuple[list[int], list[Logprob]]]:
+        """For each part the tokens that follow it, and their log-probabilities if these are wanted."""
+        choosers: list[Chooser] = []
+        places: list[int] = []
+        rows: list[Tensor] = []
+        for part, own in zip(parts, logits, strict=True):
+            if own is None:
+                continue
+            answer = self._answers[part.sequence.id]
+            rows.append(own)
+            choosers += [answer.chooser] * len(own)
+            places += range(answer.chooser.num_tokens, answer.chooser.num_tokens + len(own))
+        if not rows:
+            return [([], []) for _ in parts]
+        together = torch.cat(rows) if len(rows) > 1 else rows[0]
+        wanted = [chooser.sampling.logprobs for chooser in choosers]
+        kept = together.clone() if any(count is not None for count in wanted) else together
+        tokens = choose(together, choosers, places)
+        values: dict[int, Logprob] = {}
+        if kept is not together:
+            asked = [row for row, count in enumerate(wanted) if count is not None]
+            found = logprobs(kept[asked], [tokens[row] for row in asked], [wanted[row] or 0 for row in asked])
+            values = dict(zip(asked, found, strict=True))
+        result: list[tuple[list[int], list[Logprob]]] = []
+        at = 0
+        for part, own in zip(parts, logits, strict=True):
+            if own is None:
+                result.append(([], []))
+                continue
+            count = _accepted(tokens[at : at + len(own)], part.sequence.draft[: part.num_draft])
+            result.append((tokens[at : at + count], [values[row] for row in range(at, at + count) if row in values]))
+            at += len(own)
+        return result
+
+    def _progress(self, answer: _Answer, tokens: list[int], values: list[Logprob]) -> Delta:
+        """Tokens are added to an answer, as many as belong to it; it is taken away if they end it."""
+        chooser, text = answer.chooser, ""
+        kept: list[int] = []
+        reason: FinishReason | None = None
+        stopped_by: int | str | None = None
+        for token in tokens:
+            kept.append(token)
+            try:
+                chooser.accept(token)
+            except DataError as problem:  # a grammar that grew too large for its library: the others go on
+                assert answer.sampling.grammar is not None
+                self._guides.forget(answer.sampling.grammar)
+                reason, stopped_by = "abort", str(problem)
+                break
+            if token in chooser.ends:
+                reason, stopped_by = "stop", token
+                break
+            text += answer.writer.add([token])
+            if answer.writer.stopped_by is not None:
+                reason, stopped_by = "stop", answer.writer.stopped_by
+            elif chooser.guide is not None and chooser.guide.is_finished():
+                reason = "stop"
+            elif chooser.num_tokens >= answer.room:
+                reason = "length"
+            if reason is not None:
+                break
+        if reason is not None:
+            text += answer.writer.end()
+            if answer.writer.stopped_by is not None and stopped_by is None:
+                reason, stopped_by = "stop", answer.writer.stopped_by
+            self.abort(answer.request.id)
+        elif self.options.num_guessed and chooser.is_plain:
+            most = min(self.options.num_guessed, answer.room - chooser.num_tokens - 1)
+            answer.sequence.draft = answer.guesser.guess(answer.sequence.tokens, most) if most > 0 else []
+        begins, answer.has_begun = not answer.has_begun, True
+        if begins:
+            self.num_prompt_tokens += answer.sequence.num_prompt
+            self.num_cached_tokens += answer.sequence.num_cached
+        return Delta(
+            id=answer.request.id,
+            text=text,
+            token_ids=tuple(kept),
+            logprobs=tuple(values[: len(kept)]),
+            prompt_logprobs=tuple(answer.prompt_logprobs) if begins and answer.sampling.prompt_logprobs is not None else None,
+            finish_reason=reason,
+            stopped_by=stopped_by,
+            num_cached=answer.sequence.num_cached,
+        )
+
+    def _decoder(self, skip_special_tokens: bool) -> Callable[[list[int]], str]:
+        tokenizer: Any = self.loaded.tokenizer
+        return lambda ids: tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) if ids else ""
+
+
+def make(loaded: Loaded, config: GenerateConfig) -> NativeEngine:
+    """As the options say. Without a C++ compiler torch's own kernels compute, unless --weight_format asks for others."""
+    options = NativeOptions(
+        weights=_weights(loaded, config.weight_format),
+        kv_cache_bytes=int(config.kv_cache_gib * 2**30),
+        max_num_seqs=config.max_batch_size or 64,
+        max_num_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+        shares_prefixes=config.enable_prefix_caching,
+        num_guessed=config.num_speculative_tokens,
+    )
+    return NativeEngine(_merged(loaded), options)
+
+
+def _merged(loaded: Loaded) -> Loaded:
+    """With the adapter in the weights, unless these are quantized, which would lose of it. ModelError for one that cannot be."""
+    model = loaded.model
+    if not hasattr(model, "peft_config") or getattr(model, "is_quantized", False):
+        return loaded
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise ModelError("the native engine cannot run this model: its adapter puts tokens before the prompt")
+    return replace(loaded, model=model.merge_and_unload().eval())
+
+
+def _weights(loaded: Loaded, wanted: str | None) -> Any:
+    if wanted == "torch":
+        return None
+    if loaded.device.type != "cpu" or loaded.dtype != torch.float32 or getattr(loaded.model, "is_quantized", False):
+        if wanted is not None:
+            kind = f"{str(loaded.dtype).removeprefix('torch.')} on {loaded.device}"
+            raise ConfigError(
+                f"--weight_format {wanted} is for a model in float32 on a CPU, not {kind}", hint="remove it, or say --torch_dtype float32"
+            )
+        return None
+    try:
+        kernels()
+    except MachineError as problem:
+        if wanted is not None:
+            raise
+        console.notice(f"{problem}; torch's own kernels are used, which are slower" + (f" ({problem.hint})" if problem.hint else ""))
+        return None
+    return wanted or "auto"
+
+
+def _accepted(tokens: List[int], draft: List[int]) -> int:
+    """How many of the chosen tokens stand: one after each right guess, and the first."""
+    count = 1
+    for chosen, guessed in zip(tokens, draft, strict=False):
+        if chosen != guessed:
+            break
+        count += 1
+    return count
+
+
+def _context(model: Any) -> int:
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**62)

@@ -1,0 +1,102 @@
+// Vectors of the machine's width, and how numbers of other formats become float32. GCC and Clang.
+#pragma once
+#include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int W = 16;  // floats of a vector
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+typedef float V __attribute__((vector_size(W * 4)));
+typedef float Anywhere __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(W * 4)));
+typedef uint16_t Shorts __attribute__((vector_size(W * 2), aligned(2), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(W), aligned(1), may_alias));
+
+static inline V load(const float* p) { return *(const Anywhere*)p; }
+static inline void store(float* p, V v) { *(Anywhere*)p = v; }
+
+static inline V from_half(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__)
+  return (V)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#else
+  V v;
+  for (int i = 0; i < W; i++) {  // sign, exponent and fraction are moved; the exponent's bias follows as a factor
+    uint32_t bits = (uint32_t)(p[i] & 0x8000) << 16 | (uint32_t)(p[i] & 0x7fff) << 13;
+    float f;
+    __builtin_memcpy(&f, &bits, 4);
+    v[i] = f * 0x1p112f;
+  }
+  return v;
+#endif
+}
+
+static inline V from_bfloat(const uint16_t* p) { return (V)(__builtin_convertvector(*(const Shorts*)p, Ints) << 16); }
+
+static inline V from_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  return __builtin_convertvector(__builtin_convertvector(*(const Bytes*)p, Ints), V);
+#endif
+}
+
+// The low and the high four bits of W bytes, as numbers from 0 to 15.
+static inline void from_nibbles(const uint8_t* p, V& low, V& high) {
+#if defined(__AVX512F__)
+  __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  low = (V)_mm512_cvtepi32_ps(_mm512_and_si512(b, _mm512_set1_epi32(15)));
+  high = (V)_mm512_cvtepi32_ps(_mm512_srli_epi32(b, 4));
+#elif defined(__AVX2__)
+  __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  low = (V)_mm256_cvtepi32_ps(_mm256_and_si256(b, _mm256_set1_epi32(15)));
+  high = (V)_mm256_cvtepi32_ps(_mm256_srli_epi32(b, 4));
+#else
+  for (int i = 0; i < W; i++) {
+    low[i] = p[i] & 15;
+    high[i] = p[i] >> 4;
+  }
+#endif
+}
+
+static inline float sum(V v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX__)
+  __m128 two = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  two = _mm_add_ps(two, _mm_movehl_ps(two, two));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
+  return (v[0] + v[1]) + (v[2] + v[3]);
+#endif
+}
+
+// e^x for x <= 0, 0 below -87: 2^n e^r with |r| <= ln(2)/2, and e^r by its Taylor series, whose rest is below 2e-7.
+static inline V exp_of(V x) {
+  const V floor = V{} - 87.0f;
+  x = x < floor ? floor : x;
+  const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
+  const V whole = __builtin_convertvector(n, V);
+  const V r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  V e = 1.0f / 720 + r * (1.0f / 5040);
+  e = 1.0f / 120 + r * e;
+  e = 1.0f / 24 + r * e;
+  e = 1.0f / 6 + r * e;
+  e = 0.5f + r * e;
+  e = 1.0f + r * (1.0f + r * e);
+  e *= (V)((n + 127) << 23);
+  return x <= floor ? V{} : e;
+}

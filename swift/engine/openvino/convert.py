@@ -1,0 +1,298 @@
+"""A model of transformers as an OpenVINO model with its keys and values inside, in the cache.
+
+The model's own forward is traced, with an attention function and a cache of ours, whose shape OpenVINO's paged attention
+replaces. What that would leave out (a window, soft caps, sinks) is refused when the model asks for it, and the result is
+compared with torch before it is kept.
+"""
+
+import gc
+import hashlib
+import inspect
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from swift import console
+from swift.engine.openvino import library
+from swift.engine.source import Source
+from swift.errors import ModelError
+from swift.files import new_folder, write_json
+from swift.hub.cache import cache_root
+
+VERSION = 1  # of what is written; part of its name in the cache
+MODEL_FILE = "openvino_model.xml"
+FACTS_FILE = "swift.json"
+ATTENTION = "swift_openvino"
+GROUP = 64  # weights of a row that share a scale, in int8; the whole row where its length is no multiple
+TOLERANCE = 1e-3  # of the largest logit: float32 here and there, added up in another order
+
+
+@dataclass(frozen=True)
+class Converted:
+    """``values_per_token`` are the numbers that keys and values of a token take; ``window`` the narrowest attention window, if any."""
+
+    path: Path
+    values_per_token: int
+    window: int | None
+
+
+def converted(source: Source, weight_format: str) -> Converted:
+    """The model of ``source`` from the cache; made if it is not there. Raises ModelError for one that OpenVINO cannot compute."""
+    path = cache_root() / "openvino" / _name(source, weight_format)
+    if not (path / FACTS_FILE).is_file():
+        console.say(f"converting {source.path.name} for OpenVINO ({weight_format}); this is done once")
+        _convert(source, weight_format, path)
+        gc.collect()  # the weights in torch
+    facts = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
+    return Converted(path, facts["values_per_token"], facts["window"])
+
+
+def _name(source: Source, weight_format: str) -> str:
+    """A digest of everything that the result depends on: files by size and time, since weights are large."""
+    parts = [str(VERSION), library("openvino").__version__, weight_format]
+    for folder in (source.path, source.adapter):
+        for file in sorted(folder.glob("*")) if folder is not None else ():
+            if file.suffix in (".json", ".safetensors"):
+                stat = file.stat()
+                parts.append(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _convert(source: Source, weight_format: str, path: Path) -> None:
+    ov = library("openvino")
+
+    model = source.load(torch_dtype="float32", attn_impl=ATTENTION, device="cpu", merge=True).model
+    shapes, window = _probe(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing: what it takes for constant is constant, as the comparison shows
+        traced = _traced(model, shapes)
+    made = _stateful(traced, shapes)
+    _compare(model, made, source.path)
+    if weight_format == "int8":
+        _to_int8(made)
+    with new_folder(path) as folder:
+        ov.save_model(made, folder / MODEL_FILE, compress_to_fp16=weight_format == "fp16")
+        write_json(folder / FACTS_FILE, {"values_per_token": sum(heads * width for heads, width in shapes), "window": window})
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **ignored: Any,
+) -> tuple[Tensor, None]:
+    """Plain attention in the form that OpenVINO knows; query (B, H, Q, d), key and value (B, G, K, d), mask (B, 1, Q, K)."""
+    if softcap is not None or s_aux is not None:
+        raise ModelError(
+            "OpenVINO's paged attention has neither soft caps nor sinks, which this model needs", hint="--infer_backend native"
+        )
+    if sliding_window is not None:
+        _WINDOWS.append(sliding_window)
+    repeats = int(query.shape[1]) // int(key.shape[1])
+    if repeats > 1:
+        heads = int(query.shape[1])
+        key, value = (
+            part[:, :, None].expand(-1, -1, repeats, -1, -1).reshape(part.shape[0], heads, -1, part.shape[3]) for part in (key, value)
+        )
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+_WINDOWS: list[int] = []  # that layers asked for while a model was probed
+AttentionInterface.register(ATTENTION, _attention)
+
+
+class _Past(Cache):
+    """Keys and values that came before, (B, G, K, d) for each layer in turn; ``present`` has the new ones behind them."""
+
+    def __init__(self, past: tuple[Tensor, ...] = ()) -> None:
+        super().__init__(layers=[])
+        self.past = past
+        self.present: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        pair = key_states, value_states
+        if self.past:
+            before = self.past[2 * layer_idx], self.past[2 * layer_idx + 1]
+            pair = torch.cat([before[0], pair[0]], 2), torch.cat([before[1], pair[1]], 2)
+        self.present[layer_idx] = pair
+        return pair
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(self.past[0].shape[2]) if self.past else 0
+
+
+class _Step(nn.Module):
+    """Logits (B, Q, V) of ``input_ids`` (B, Q), and keys and values of all tokens so far (B, G, K, d)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        columns = torch.arange(attention_mask.shape[1])
+        mask = (columns[None, None, None, :] <= position_ids[:, None, :, None]) & (attention_mask[:, None, None, :] > 0)
+        cache = _Past(past)
+        logits = _forward(self.model, input_ids, mask, position_ids, cache)
+        return logits, *(part for layer in range(len(past) // 2) for part in cache.present[layer])
+
+
+def _forward(model: Any, input_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
+    given = {_cache_argument(model): cache}
+    made = model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=True, **given)
+    logits: Tensor = made.logits
+    return logits
+
+
+def _cache_argument(model: Any) -> str:
+    """What the forward pass calls the cache: transformers 5.24 has another name than the releases before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _probe(model: Any) -> tuple[list[tuple[int, int]], int | None]:
+    """(heads, width) of the keys and values of each layer in turn, and the narrowest window. ModelError if layers keep other things."""
+    cache = _Past()
+    _WINDOWS.clear()
+    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool).tril()
+    try:
+        with torch.inference_mode():
+            _forward(model, torch.tensor([[5, 6]]), mask, torch.arange(2)[None], cache)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as problem:
+        raise _unfit(f"it does not run with plain keys and values ({problem})") from None
+    layers = model.config.get_text_config().num_hidden_layers
+    if sorted(cache.present) != list(range(layers)):
+        raise _unfit(f"{len(cache.present)} of its {layers} layers keep keys and values")
+    pairs = [part for layer in range(layers) for part in cache.present[layer]]
+    return [(part.shape[1], part.shape[3]) for part in pairs], min(_WINDOWS, default=None)
+
+
+def _unfit(why: str) -> ModelError:
+    return ModelError(f"OpenVINO cannot compute this model: {why}", hint="--infer_backend native, or transformers")
+
+
+def _traced(model: Any, shapes: list[tuple[int, int]]) -> Any:
+    ov = library("openvino")
+    try:
+        return ov.convert_model(_Step(model), example_input=_example(shapes))
+    except ov.frontend.OpConversionFailure as problem:
+        raise _unfit(f"it has no {str(problem).strip().splitlines()[-1].split(': ')[-1]}") from None
+
+
+def _example(shapes: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """Two sequences of three tokens that came before and two new ones."""
+    past = [torch.zeros(2, heads, 3, width) for heads, width in shapes]
+    return torch.tensor([[5, 6], [7, 8]]), torch.ones(2, 5, dtype=torch.int64), torch.tensor([[3, 4], [3, 4]]), *past
+
+
+def _stateful(model: Any, shapes: list[tuple[int, int]]) -> Any:
+    """``model`` with keys and values as state, empty at first, of which ``beam_idx`` (B,) chooses the rows."""
+    ov = library("openvino")
+    op = ov.opset13
+    passes = library("openvino._offline_transformations")
+
+    names = [f"past_key_values.{index // 2}.{'value' if index % 2 else 'key'}" for index in range(len(shapes))]
+    presents = [name.replace("past_key_values", "present") for name in names]
+    plain = ("input_ids", "attention_mask", "position_ids")
+    if len(model.inputs) != len(plain) + len(names):
+        raise _unfit("its forward does not read positions or mask")
+    shape_of = {name: [-1, heads, -1, width] for name, (heads, width) in zip(names, shapes, strict=True)}
+    for port, name in zip(model.inputs, (*plain, *names), strict=True):
+        node = port.get_node()
+        port.get_tensor().set_names({name})
+        node.set_friendly_name(name)
+        node.set_partial_shape(ov.PartialShape(shape_of.get(name, [-1, -1])))
+    for port, name in zip(model.outputs, ("logits", *presents), strict=True):
+        port.get_tensor().set_names({name})
+    model.validate_nodes_and_infer_types()
+    rows = op.parameter([-1], ov.Type.i32, name="beam_idx")
+    rows.output(0).get_tensor().set_names({"beam_idx"})
+    model.add_parameters([rows])
+    for name in names:
+        readers = model.input(name).get_target_inputs()
+        chosen = op.gather(model.input(name), rows, op.constant(0))
+        for reader in readers:
+            reader.replace_source_output(chosen.output(0))
+    model.validate_nodes_and_infer_types()
+    passes.apply_make_stateful_transformation(model, dict(zip(names, presents, strict=True)))
+    number = op.gather(op.shape_of(model.input("input_ids"), output_type="i64"), op.constant(np.array([0])), op.constant(0))
+    for node in model.get_ops():
+        if node.get_type_name() == "ReadValue":
+            rest = [0 if size.is_dynamic else size.get_length() for size in list(node.get_output_partial_shape(0))[1:]]
+            empty = op.broadcast(op.constant(0.0, dtype=np.float32), op.concat([number, op.constant(np.array(rest))], 0))
+            node.set_arguments([empty])
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+def _compare(model: Any, made: Any, path: Path) -> None:
+    """ModelError unless ``made`` gives the logits of ``model`` for 24 tokens and for one after them."""
+    ov = library("openvino")
+
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (1, 25), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted = _forward(model, ids, torch.ones(1, 1, 25, 25, dtype=torch.bool).tril(), torch.arange(25)[None], _Past())[0]
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    request = ov.Core().compile_model(made, "CPU", exact).create_infer_request()
+    for begin, end in ((0, 24), (24, 25)):
+        request.infer(
+            {
+                "input_ids": ids[:, begin:end].numpy(),
+                "attention_mask": np.ones((1, end), dtype=np.int64),
+                "position_ids": np.arange(begin, end)[None],
+                "beam_idx": np.zeros(1, dtype=np.int32),
+            }
+        )
+        found = torch.from_numpy(request.get_tensor("logits").data[0].copy())
+        fault = float((found - wanted[begin:end]).abs().max() / wanted.abs().max())
+        if not fault < TOLERANCE:
+            raise _unfit(f"{path.name}: converted, its logits differ by {fault:.1e} of the largest")
+
+
+def _matrices(model: Any) -> Iterator[tuple[Any, str]]:
+    """The float32 matrices of products and embeddings: where each comes out, and its name."""
+    for node in model.get_ordered_ops():
+        at = {"MatMul": 1, "Gather": 0}.get(node.get_type_name())
+        if at is None:
+            continue
+        output = node.input_value(at)
+        constant = output.get_node()
+        if constant.get_type_name() == "Constant" and constant.get_element_type().to_string() == "f32" and len(output.get_shape()) == 2:
+            yield output, constant.get_friendly_name()
+
+
+def _to_int8(model: Any) -> None:
+    """Put int8 weights with a scale for each GROUP in place of float32 ones: w = scale * q, q in -127 to 127."""
+    ov = library("openvino")
+    op = ov.opset13
+
+    made: dict[str, Any] = {}
+    for output, name in list(_matrices(model)):
+        if name not in made:
+            weights = output.get_node().data
+            rows, columns = weights.shape
+            grouped = weights.reshape(rows, -1, GROUP) if columns % GROUP == 0 else weights.reshape(rows, 1, columns)
+            scale = np.maximum(np.abs(grouped).max(-1, keepdims=True) / 127, np.finfo(np.float32).tiny).astype(np.float32)
+            whole = np.round(grouped / scale).astype(np.int8)
+            product = op.multiply(op.convert(op.constant(whole), ov.Type.f32), op.constant(scale))
+            made[name] = op.reshape(product, op.constant(np.array(weights.shape)), False).output(0)
+        for reader in list(output.get_target_inputs()):
+            reader.replace_source_output(made[name])
+    model.validate_nodes_and_infer_types()

@@ -1,0 +1,252 @@
+"""The engine that generates with transformers' own ``generate``: batches, and one answer token by token."""
+
+import queue
+import threading
+from collections.abc import Generator, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from swift.config.generate import GenerateConfig
+from swift.engine.base import Completion, Delta, FinishReason, Request, Sampling
+from swift.engine.writer import Writer
+from swift.errors import DataError
+from swift.model.load import Loaded, end_tokens, pad_token_id
+
+# What ``generate`` can be told for each request.
+KNOWN = frozenset(
+    "max_new_tokens min_new_tokens temperature top_k top_p min_p repetition_penalty num_beams stop_words seed max_model_len".split()
+)
+
+
+class TransformersEngine:
+    """The reference: batches of equal settings through ``generate``; a single request without beams piece by piece."""
+
+    def __init__(self, loaded: Loaded, *, max_batch_size: int = 1) -> None:
+        self.loaded = loaded
+        self.max_batch_size = max_batch_size
+        self._waiting: list[Request] = []
+        self._under_way: set[str] = set()
+        self._deltas: Generator[Delta] = self._of_batch([])
+
+    def add(self, request: Request) -> None:
+        """See Engine."""
+        if request.adapter is not None:
+            raise DataError(f"no adapter {request.adapter!r} is loaded")
+        fresh = Sampling()
+        unknown = [
+            field.name
+            for field in fields(Sampling)
+            if field.name not in KNOWN and getattr(request.sampling, field.name) != getattr(fresh, field.name)
+        ]
+        if unknown:
+            raise DataError(f"{', '.join(unknown)}: not with --infer_backend transformers", hint="--infer_backend native knows it")
+        _settings(self.loaded.model, self.loaded.tokenizer, len(request.prompt), request.sampling)
+        self._waiting.append(request)
+
+    @property
+    def is_idle(self) -> bool:
+        """See Engine."""
+        return not (self._waiting or self._under_way)
+
+    def step(self) -> list[Delta]:
+        """See Engine."""
+        while True:
+            for delta in self._deltas:
+                if delta.id in self._under_way:
+                    if delta.finish_reason is not None:
+                        self._under_way.remove(delta.id)
+                    return [delta]
+            self._under_way.clear()
+            if not self._waiting:
+                return []
+            first = _without_seed(self._waiting[0].sampling)
+            batch = [request for request in self._waiting if _without_seed(request.sampling) == first][: self.max_batch_size]
+            self._waiting = [request for request in self._waiting if request not in batch]
+            self._under_way = {request.id for request in batch}
+            self._deltas = self._of_batch(batch)
+
+    def abort(self, id: str) -> None:
+        """See Engine."""
+        self._waiting = [request for request in self._waiting if request.id != id]
+        self._under_way.discard(id)
+        if not self._under_way:
+            self._deltas.close()
+
+    def close(self) -> None:
+        """See Engine."""
+        self._waiting, self._under_way = [], set()
+        self._deltas.close()
+
+    def _of_batch(self, batch: list[Request]) -> Generator[Delta]:
+        if not batch:
+            return
+        model, tokenizer, sampling = self.loaded.model, self.loaded.tokenizer, batch[0].sampling
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        if len(batch) == 1 and sampling.num_beams == 1:
+            yield from _streamed(model, tokenizer, batch[0])
+            return
+        answers = complete(model, tokenizer, [list(request.prompt) for request in batch], sampling)
+        for request, answer in zip(batch, answers, strict=True):
+            reason: FinishReason = "stop" if answer.finish_reason == "stop" else "length"
+            yield Delta(id=request.id, text=answer.text, token_ids=tuple(answer.token_ids), finish_reason=reason)
+
+
+def make(loaded: Loaded, config: GenerateConfig) -> TransformersEngine:
+    """As the options say."""
+    return TransformersEngine(loaded, max_batch_size=config.max_batch_size or 1)
+
+
+def complete(model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
+    """One answer for each prompt (token ids), generated together; prompts are padded on the left.
+
+    Raises DataError for a prompt that leaves no room for an answer.
+    """
+    width = max(map(len, prompts))
+    pad = pad_token_id(tokenizer)
+    input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    settings = _settings(model, tokenizer, width, sampling)
+    stops = _stops_at(tokenizer, width, sampling.stop_words) if sampling.stop_words else None
+    with torch.inference_mode():
+        output = model.generate(input_ids=input_ids, attention_mask=mask, stopping_criteria=stops, **settings)
+    return [_completion(tokenizer, row[width:].tolist(), settings, sampling) for row in output]
+
+
+def _stops_at(tokenizer: Any, width: int, words: Sequence[str]) -> Any:
+    """Ends a row whose answer, which begins at ``width``, holds one of ``words``.
+
+    transformers' own stop_strings finds a word that begins in the prompt, too.
+    """
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class HoldsWord(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            texts = [tokenizer.decode(row[width:], skip_special_tokens=True) for row in input_ids]
+            return torch.tensor([any(word in text for word in words) for text in texts], device=input_ids.device)
+
+    return StoppingCriteriaList([HoldsWord()])
+
+
+def stream(model: Any, tokenizer: Any, prompt: Sequence[int], sampling: Sampling) -> Generator[int]:
+    """The tokens that follow ``prompt``, one by one, an end token among them. Closing the iterator stops the generation."""
+    from transformers import StoppingCriteria, StoppingCriteriaList
+    from transformers.generation.streamers import BaseStreamer
+
+    closed = threading.Event()
+    failure: list[BaseException] = []
+    tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+
+    class Closed(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            return torch.full((input_ids.shape[0],), closed.is_set(), device=input_ids.device)
+
+    class Streamer(BaseStreamer):
+        has_prompt = False
+
+        def put(self, value: Any) -> None:
+            if self.has_prompt:  # the first tokens that ``generate`` gives are the prompt's
+                for token in value.flatten().tolist():
+                    tokens.put(token)
+            self.has_prompt = True
+
+        def end(self) -> None:
+            tokens.put(None)
+
+    input_ids = torch.tensor([list(prompt)], device=model.device)
+    settings = _settings(model, tokenizer, len(prompt), sampling)
+
+    def work() -> None:
+        try:
+            with torch.inference_mode():
+                model.generate(
+                    input_ids=input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    streamer=Streamer(),
+                    stopping_criteria=StoppingCriteriaList([Closed()]),
+                    **settings,
+                )
+        except BaseException as problem:  # raised again by the reader
+            failure.append(problem)
+            tokens.put(None)
+
+    thread = threading.Thread(target=work, name="generate", daemon=True)
+    thread.start()
+    try:
+        while (token := tokens.get()) is not None:
+            yield token
+    finally:
+        closed.set()
+        thread.join()
+    if failure:
+        raise failure[0]
+
+
+def _streamed(model: Any, tokenizer: Any, request: Request) -> Generator[Delta]:
+    sampling = request.sampling
+    writer = Writer(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), sampling.stop_words)
+    ends = set(end_tokens(model, tokenizer))
+    tokens = stream(model, tokenizer, request.prompt, sampling)
+    stopped_by: int | str | None = None
+    try:
+        for token in tokens:
+            if token in ends:
+                stopped_by = token
+                break
+            text = writer.add([token])
+            if (stopped_by := writer.stopped_by) is not None:
+                yield Delta(id=request.id, text=text, token_ids=(token,))
+                break
+            yield Delta(id=request.id, text=text, token_ids=(token,))
+    finally:
+        tokens.close()
+    text = writer.end()
+    stopped_by = stopped_by if writer.stopped_by is None else writer.stopped_by
+    yield Delta(id=request.id, text=text, finish_reason="length" if stopped_by is None else "stop", stopped_by=stopped_by)
+
+
+def _without_seed(sampling: Sampling) -> Sampling:
+    return replace(sampling, seed=None)
+
+
+def _settings(model: Any, tokenizer: Any, prompt_length: int, sampling: Sampling) -> dict[str, Any]:
+    limit = sampling.max_model_len or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - prompt_length)
+    if room < 1:
+        raise DataError(f"the prompt has {prompt_length} tokens, the model's context {limit}", hint="shorten it")
+    settings: dict[str, Any] = {
+        "max_new_tokens": room,
+        "pad_token_id": pad_token_id(tokenizer),
+        "eos_token_id": end_tokens(model, tokenizer),
+        "num_beams": sampling.num_beams,
+    }
+    if sampling.min_new_tokens:
+        settings["min_new_tokens"] = min(sampling.min_new_tokens, room)
+    if sampling.temperature == 0:
+        return settings | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **_penalty(sampling)}
+    if sampling.temperature is not None or sampling.top_p is not None or sampling.top_k is not None:
+        settings["do_sample"] = True
+    for name in ("temperature", "top_k", "top_p"):
+        if (value := getattr(sampling, name)) is not None:
+            settings[name] = value
+    if sampling.min_p:
+        settings["min_p"] = sampling.min_p
+    return settings | _penalty(sampling)
+
+
+def _penalty(sampling: Sampling) -> dict[str, Any]:
+    return {} if sampling.repetition_penalty is None else {"repetition_penalty": sampling.repetition_penalty}
+
+
+def _completion(tokenizer: Any, ids: list[int], settings: dict[str, Any], sampling: Sampling) -> Completion:
+    ends = set(settings["eos_token_id"])
+    cut = next((at for at, token in enumerate(ids) if token in ends), None)
+    reason = "stop" if cut is not None else "length"
+    ids = ids if cut is None else ids[:cut]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    for word in sampling.stop_words:
+        if word in text:
+            text, reason = text[: text.index(word)], "stop"
+    return Completion(text, ids, reason)

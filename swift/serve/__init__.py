@@ -1,0 +1,1 @@
+"""The OpenAI server: protocol, routes, and the process in which the engine runs."""

@@ -1,0 +1,124 @@
+"""An engine that is killed, hangs or fails: its requests are told, others go on, and /health and /ready say how it is."""
+
+import os
+import resource
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Is it snowing?"}], "max_tokens": 4, "temperature": 0}
+LONG = {**CHAT, "max_tokens": 2000, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def server(start, tiny_model):
+    server = start(tiny_model, "--served_model_name", "tiny", "--engine_timeout_s", "3").wait()
+    yield server
+    server.end()
+
+
+def asked(server, count=3, body=LONG):
+    """Threads that wait for answers, and what they got so far."""
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(server.post("/v1/chat/completions", body))) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    server.until(lambda: server.get("/health")[1]["requests"] == count)
+    return threads, found
+
+
+def test_a_hanging_engine_is_started_again_and_its_requests_get_503(server):
+    threads, found = asked(server)
+    os.kill(server.engine, signal.SIGSTOP)
+    server.until(lambda: server.get("/health")[0] == 503)  # while it hangs, before it is given up
+    assert server.get("/ready")[0] == 503
+    for thread in threads:
+        thread.join()
+    assert [(status, body["error"]["code"]) for status, body in found] == [(503, "engine_unavailable")] * 3
+    server.wait()
+    assert server.get("/health")[1]["restarts"] == 1
+    assert server.post("/v1/chat/completions", CHAT)[0] == 200
+
+
+def test_requests_to_a_hanging_engine_hold_up_no_other_route(server):
+    """They are more than the pipe to the engine holds."""
+    os.kill(server.engine, signal.SIGSTOP)
+    body = {"model": "tiny", "prompt": [7] * 2000, "n": 100, "max_tokens": 2}
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(server.post("/v1/completions", body)[0])) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    server.until(lambda: server.get("/health")[1]["requests"] == 300)
+    assert server.get("/v1/models")[0] == 200
+    for thread in threads:
+        thread.join()
+    assert found == [503] * 3
+    server.wait()
+    assert server.post("/v1/chat/completions", CHAT)[0] == 200
+
+
+def test_requests_of_a_killed_engine_are_told_and_it_comes_back(server):
+    restarts = server.get("/health")[1]["restarts"]
+    threads, found = asked(server, count=2)
+    streamed = []
+    threads.append(threading.Thread(target=lambda: streamed.append(server.post("/v1/chat/completions", {**LONG, "stream": True}))))
+    threads[-1].start()
+    server.until(lambda: server.get("/health")[1]["requests"] == 3 and server.metric("swift_num_requests_running") == 3)
+    os.kill(server.engine, signal.SIGKILL)
+    for thread in threads:
+        thread.join()
+    assert [status for status, _ in found] == [503, 503]
+    assert server.get("/health")[0] == 503 and server.get("/ready")[0] == 503
+    assert server.metric("swift_num_requests_running") == 0
+    (status, events) = streamed[0]
+    if status == 200:  # its first piece had come
+        assert "engine_unavailable" in events.strip().splitlines()[-1] and "[DONE]" not in events
+    else:
+        assert status == 503
+    server.wait()
+    assert server.get("/health")[1]["restarts"] == restarts + 1
+    assert server.post("/v1/chat/completions", CHAT)[0] == 200
+
+
+def test_an_engine_that_fails_is_started_again(server):
+    """It gets no more memory, as under a limit of its container."""
+    restarts = server.get("/health")[1]["restarts"]
+    resource.prlimit(server.engine, resource.RLIMIT_AS, (1, 1))
+    large = {"prompt": [[300, 310] * 950] * 256, "echo": True, "logprobs": 20}
+    status, body = server.post("/v1/completions", {"model": "tiny", **large})
+    assert (status, body["error"]["code"]) == (503, "engine_unavailable")
+    server.wait()
+    assert server.get("/health")[1]["restarts"] == restarts + 1
+    assert server.post("/v1/chat/completions", CHAT)[0] == 200
+
+
+def test_the_engine_ignores_the_signals_that_are_the_servers(server):
+    """Service managers send them to all processes at once."""
+    threads, found = asked(server, count=2, body={**LONG, "max_tokens": 100})
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(server.engine, number)
+    for thread in threads:
+        thread.join()
+    assert [status for status, _ in found] == [200, 200]
+
+
+def is_alive(pid):
+    """Whether a process is there and no zombie."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_engine_ends_with_its_server(server):
+    engine = server.engine
+    server.process.kill()
+    server.process.wait()
+    end = time.monotonic() + 20
+    while is_alive(engine):
+        assert time.monotonic() < end
+        time.sleep(0.05)
