@@ -1,3 +1,4 @@
+import contextlib
 import os
 import resource
 import subprocess
@@ -23,13 +24,18 @@ def fill(folder: Path) -> dict[str, Any]:
     return {"licence": "mit"}
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def few_bytes() -> Iterator[None]:
-    """Files can grow to 1000 bytes only: the system call fails as it does on a full disk."""
+    """Within, files can grow to 1000 bytes only: the system call fails as it does on a full disk.
+
+    Not for a whole test, which ends with a line of pytest's in what may be a longer file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_snapshot_is_found_by_revision_and_by_branch_in_any_case():
@@ -66,22 +72,22 @@ def test_verify_names_the_file_that_changed():
         cache.verify(made)
 
 
-def test_a_failed_write_is_an_error_of_the_machine_and_leaves_nothing(own_cache: Path, few_bytes: None):
+def test_a_failed_write_is_an_error_of_the_machine_and_leaves_nothing(own_cache: Path):
     def too_much(folder: Path) -> dict[str, Any]:
         (folder / "config.json").write_bytes(b"{}")
         (folder / "model.safetensors").write_bytes(bytes(5000))
         return {}
 
-    with pytest.raises(MachineError):
+    with few_bytes(), pytest.raises(MachineError):
         cache.add("model", "hf", NAME, "abc", too_much)
     assert list(own_cache.rglob("*")) == []
 
 
-def test_a_full_disk_while_fetching_leaves_nothing_half_written(loopback: Loopback, own_cache: Path, few_bytes: None):
+def test_a_full_disk_while_fetching_leaves_nothing_half_written(loopback: Loopback, own_cache: Path):
     from swift import hub
 
     put(loopback, "hf")
-    with pytest.raises(MachineError):
+    with few_bytes(), pytest.raises(MachineError):
         hub.resolve("hf::Qwen/Qwen-7B")
     assert [path for path in own_cache.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
 
