@@ -182,9 +182,11 @@ def test_upgrades_are_not_taken(target):
 @pytest.mark.parametrize(
     "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "application/jsonp"]
 )
-def test_a_body_that_is_not_called_json_is_refused(target, kind):
-    status, body = target.raw(request(CHAT, kind=kind))
+def test_a_body_that_a_page_makes_a_browser_send_is_refused(target, kind):
+    """It comes without a question before, and names the page; the same from a program, such as curl, is read."""
+    status, body = target.raw(request(CHAT, kind=kind, extra="Origin: http://elsewhere.example\r\n"))
     assert status == 415 and is_error(body)
+    assert target.raw(request(CHAT, kind=kind))[0] == 200
 
 
 def test_a_client_that_never_reads_is_dropped(target):
