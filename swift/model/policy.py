@@ -66,7 +66,10 @@ class Policy:
             return logits_KV
         output = self.decoder(use_cache=False, **inputs)
         self._output_type = type(output)
-        hidden_KD = output.last_hidden_state[0].index_select(0, rows_K)
+        return self.logits_of(output.last_hidden_state[0].index_select(0, rows_K))
+
+    def logits_of(self, hidden_KD: Tensor) -> Tensor:
+        """(K, V) logits of the decoder's hidden states."""
         return hidden_KD @ self.head.T if isinstance(self.head, Tensor) else self.head(hidden_KD)
 
     @contextlib.contextmanager

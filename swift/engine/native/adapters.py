@@ -90,6 +90,11 @@ class Adapters:
     def __contains__(self, name: str) -> bool:
         return name in self._loaded
 
+    @property
+    def are_used(self) -> bool:
+        """Whether a row of the next pass gets an adapter."""
+        return bool(self._rows.parts)
+
     def salt(self, name: str) -> bytes:
         return self._loaded[name].salt
 

@@ -26,6 +26,7 @@ SIGNATURES = {
     "panel_width": (),
     "rms_norm": (_POINTER, _LONG, _INT, _POINTER, _FLOAT, _POINTER),
     "paged_attention": _ATTENTION,
+    "run_program": (_POINTER, _LONG, _LONG, _POINTER),
     **{f"linear_{format}": _LINEAR for format in ("float32", "float16", "bfloat16", "int8", "int4")},
 }
 

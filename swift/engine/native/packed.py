@@ -36,7 +36,7 @@ class PackedLinear(nn.Module):
         self.format: Format = format
         self.packed = pack(weight.detach(), format, library.panel_width())
         self.bias = None if bias is None else bias.detach().float().contiguous()
-        self._function: Callable[..., None] = getattr(library, f"linear_{format}")
+        self.function: Callable[..., None] = getattr(library, f"linear_{format}")
         self._weights = self.packed.data_ptr()
         self._bias = None if self.bias is None else self.bias.data_ptr()
 
@@ -51,7 +51,7 @@ class PackedLinear(nn.Module):
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], self.out_features)
         rows = x.numel() // self.in_features
-        self._function(x.data_ptr(), rows, self.in_features, self._weights, self._bias, out.data_ptr(), self.out_features)
+        self.function(x.data_ptr(), rows, self.in_features, self._weights, self._bias, out.data_ptr(), self.out_features)
         return out
 
 

@@ -15,6 +15,7 @@ from swift.model.attention import eager_attention
 # T tokens of the row, S places of the cache, H query heads, G key heads, Q queries of a part, K keys, B sequences, d width of a head
 
 MOST_GATHERED = 2**15  # tokens whose keys are gathered at once for sequences of one query each: some megabytes a layer
+FEW = 8  # queries of a sequence that the compiled attention takes one by one
 
 
 class PagedCache:
@@ -31,9 +32,19 @@ class PagedCache:
     def of(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The places of ``layer``, for keys and values (1, G, T, d) like these."""
         if layer not in self.layers:
-            count = self.num_blocks * self.block_size
-            self.layers[layer] = (key.new_empty(count, key.shape[1], key.shape[3]), value.new_empty(count, value.shape[1], value.shape[3]))
+            shapes = ((part.shape[1], part.shape[3]) for part in (key, value))
+            self.layers[layer] = self._made(*shapes, like=key)
         return self.layers[layer]
+
+    def float32(self, layer: int, key: tuple[int, int], value: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The places of ``layer``, for keys and values of a token of these shapes (G, d), in float32."""
+        if layer not in self.layers:
+            self.layers[layer] = self._made(key, value, like=torch.empty(0))
+        return self.layers[layer]
+
+    def _made(self, key: tuple[int, int], value: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor]:
+        count = self.num_blocks * self.block_size
+        return like.new_empty(count, *key), like.new_empty(count, *value)
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Beginnings of blocks into other blocks, in all layers."""
@@ -59,18 +70,20 @@ class Pages:
     """The attention of one pass: writes the row's keys and values to their places, then lets each token see its sequence.
 
     Passed to a model as ``attend``. The same for all layers, so that indices and masks are made once. ``kernel`` is the
-    compiled attention for single queries, which reads keys where they lie; without it they are gathered.
+    compiled attention in float32 for few queries of a sequence, which reads keys where they lie; without it they are gathered.
     """
 
     def __init__(self, cache: PagedCache, pieces: Sequence[Piece], device: torch.device, kernel: Any = None) -> None:
         self.cache = cache
         self.device = device
         self.kernel = kernel
-        self.single = [piece for piece in pieces if piece.length == 1]
-        self.longer = [piece for piece in pieces if piece.length > 1]
-        self._places = {piece: _places(piece.blocks, cache.block_size, piece.context) for piece in pieces}
-        new = [self._places[piece][piece.context - piece.length :] for piece in pieces]
-        self.written = torch.cat(new).to(device)
+        self.pieces = pieces
+        few = 1 if kernel is None else FEW
+        self.short = [piece for piece in pieces if piece.length <= few]
+        self.longer = [piece for piece in pieces if piece.length > few]
+        size = cache.block_size
+        new = [piece.blocks[at // size] * size + at % size for piece in pieces for at in range(piece.context - piece.length, piece.context)]
+        self.written = torch.tensor(new, device=device)
         self._groups: dict[int | None, list[_Group]] = {}
         self._masks: dict[Any, Tensor] = {}
 
@@ -103,8 +116,9 @@ class Pages:
                 k, v = (part.index_select(0, places).transpose(0, 1)[None] for part in (keys, values))
             mask = self._mask(piece.length, piece.context, sliding_window)
             output[row] = _attend(query[:, :, row], k, v, mask, scaling, *extra)[0].transpose(0, 1)
-        if self.single and self.kernel is not None and query.dtype == keys.dtype == torch.float32:
-            self._in_place(query, keys, values, scaling, sliding_window, softcap, s_aux, output)
+        if self.kernel is not None:
+            if self.short:
+                self._in_place(query, keys, values, scaling, sliding_window, softcap, s_aux, output)
             return output[None]
         for group in self._grouped(sliding_window):
             q = query[0, :, group.rows].transpose(0, 1).unsqueeze(2)  # (B, H, 1, d)
@@ -123,8 +137,8 @@ class Pages:
         sinks: Tensor | None,
         output: Tensor,
     ) -> None:
-        """The rows of ``output`` (T, H, d) that are single queries, by the compiled kernel."""
-        table = self._table
+        """The rows of ``output`` (T, H, d) that belong to short pieces, by the compiled kernel."""
+        table = self.table
         own = query[0].transpose(0, 1) if table.rows is None else query[0].index_select(1, table.rows).transpose(0, 1)
         if own.stride(2) != 1:
             own = own.contiguous()
@@ -156,14 +170,18 @@ class Pages:
             output.index_copy_(0, table.rows, target)
 
     @cached_property
-    def _table(self) -> "_Table":
-        width = max(len(piece.blocks) for piece in self.single)
-        blocks = torch.tensor([[*piece.blocks, *[0] * (width - len(piece.blocks))] for piece in self.single], dtype=torch.int32)
-        rows = torch.tensor([piece.begin for piece in self.single]) if self.longer else None
-        return _Table(rows, blocks, torch.tensor([piece.context for piece in self.single], dtype=torch.int32))
+    def table(self) -> "Table":
+        """The queries of short pieces, for the compiled kernel."""
+        width = max(len(piece.blocks) for piece in self.short)
+        blocks = [[*piece.blocks, *[0] * (width - len(piece.blocks))] for piece in self.short for _ in range(piece.length)]
+        context = [at for piece in self.short for at in range(piece.context - piece.length + 1, piece.context + 1)]
+        rows = None
+        if self.longer:
+            rows = torch.tensor([piece.begin + turn for piece in self.short for turn in range(piece.length)])
+        return Table(rows, torch.tensor(blocks, dtype=torch.int32), torch.tensor(context, dtype=torch.int32))
 
     def _longer_places(self, piece: Piece) -> Tensor:
-        return self._places[piece].to(self.device)
+        return _places(piece.blocks, self.cache.block_size, piece.context).to(self.device)
 
     def _mask(self, num_queries: int, num_keys: int, sliding_window: int | None) -> Tensor | None:
         """(1, 1, Q, K) bool, the last query sees the last key; None if it is the kernels' own."""
@@ -179,13 +197,14 @@ class Pages:
 
     def _grouped(self, sliding_window: int | None) -> list["_Group"]:
         if sliding_window not in self._groups:
-            self._groups[sliding_window] = _group(self.single, self._places, sliding_window, self.device)
+            places = {piece: _places(piece.blocks, self.cache.block_size, piece.context) for piece in self.short}
+            self._groups[sliding_window] = _group(self.short, places, sliding_window, self.device)
         return self._groups[sliding_window]
 
 
 @dataclass(frozen=True)
-class _Table:
-    """Single queries for the compiled kernel, int32: ``rows`` in the row (None: all, in order), blocks (B, most), tokens (B,)."""
+class Table:
+    """Queries for the compiled kernel, int32: ``rows`` in the row (None: all, in order), blocks (B, most), tokens that each sees (B,)."""
 
     rows: Tensor | None
     blocks: Tensor

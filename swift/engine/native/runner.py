@@ -11,6 +11,7 @@ from swift.engine.native.adapters import Adapters
 from swift.engine.native.compiled import kernels
 from swift.engine.native.packed import Format, Packed, pack_model
 from swift.engine.native.pages import PagedCache, Pages, Piece
+from swift.engine.native.program import Program, program_of
 from swift.engine.native.scheduler import Part, Pass
 from swift.errors import ModelError
 from swift.model.attention import NO_MASK_SHAPE, packed_inputs, use_packed_attention
@@ -30,6 +31,8 @@ class Runner:
         self.device = model.get_input_embeddings().weight.device
         self.adapters = Adapters(model)
         self.packed: Packed | None = None
+        self.program: Program | None = None
+        self.why_no_program = "torch's kernels compute"
         self._kernel: Any = None
         if weights is not None:
             self._pack(model, weights)
@@ -40,6 +43,7 @@ class Runner:
         self._kernel = kernels().paged_attention
         if isinstance(head, Tensor):  # the weight itself, which the packed layer has in its place now
             self.policy.head = model.get_output_embeddings()
+        self.program, self.why_no_program = program_of(self.policy)
 
     @torch.inference_mode()
     def run(self, step: Pass) -> list[Tensor | None]:
@@ -65,7 +69,11 @@ class Runner:
         self.adapters.use(spans, self.device)
         pages = Pages(self.cache, pieces, self.device, self._kernel)
         rows_K = torch.tensor(wanted, dtype=torch.int64, device=self.device)
-        logits_KV = self._logits(torch.tensor([tokens]), torch.tensor([positions]), pages, rows_K).float()
+        if self.program is not None and not self.adapters.are_used:
+            hidden_TD = self.program.run(torch.tensor(tokens), torch.tensor(positions), pages)
+            logits_KV = self.policy.logits_of(hidden_TD.index_select(0, rows_K))
+        else:
+            logits_KV = self._logits(torch.tensor([tokens]), torch.tensor([positions]), pages, rows_K).float()
         parts = logits_KV.split(counts)
         return [part if len(part) else None for part in parts]
 
