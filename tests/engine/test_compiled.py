@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from swift.engine.native import compiled
 from swift.engine.native.compiled import kernels
-from swift.engine.native.packed import CompiledNorm, PackedLinear, pack, pack_model, unpack
+from swift.engine.native.packed import GROUP, CompiledNorm, PackedLinear, pack, pack_model, unpack
 from swift.engine.native.pages import PagedCache, Pages, Piece
 from swift.errors import MachineError
 from tests.families import FAMILIES, build
@@ -19,12 +19,40 @@ def numbers(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def as_computed_with(x, format):
+    """Inputs as whole numbers of 16 bits for each group of a format in few bits."""
+    if format not in GROUP:
+        return x
+    groups = x.unflatten(-1, (-1, GROUP[format]))
+    scale = groups.abs().amax(-1, keepdim=True) / 32767
+    return ((groups / scale).round() * scale).flatten(-2)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 12, 13, 25, 97, 200])
 def test_a_packed_layer_computes_with_the_weights_that_it_shows(format, rows):
     x, weight, bias = numbers(rows, 320), numbers(75, 320, seed=1), numbers(75, seed=2)
     layer = PackedLinear(weight, bias, format)
-    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, bias), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(layer(as_computed_with(x, format)), F.linear(as_computed_with(x, format), layer.weight, bias), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_inputs_of_a_product_in_few_bits_lose_half_a_step_of_sixteen(format):
+    """At most: each input half of largest / 32767 of its group, times the weight that it meets."""
+    x, weight = numbers(9, 320) * 10, numbers(40, 320, seed=1)
+    layer = PackedLinear(weight, None, format)
+    steps = x.unflatten(-1, (-1, GROUP[format])).abs().amax(-1, keepdim=True).expand(-1, -1, GROUP[format]).flatten(-2) / 32767
+    most = 0.51 * steps @ layer.weight.abs().T + 1e-4
+    assert ((layer(x) - F.linear(x, layer.weight)).abs() <= most).all()
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_the_largest_products_of_few_bits_overflow_nothing(format):
+    """All inputs and weights of a group at their largest, with one sign and with two."""
+    weight = torch.stack([torch.ones(128), -torch.ones(128), torch.tensor([1.0, -1.0] * 64)])
+    layer = PackedLinear(weight, None, format)
+    x = torch.stack([torch.full((128,), 3e38), torch.full((128,), -1e-38), torch.zeros(128)])
+    torch.testing.assert_close(layer(x / 128) / 3e38, F.linear(x / 128, layer.weight) / 3e38, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("format", FORMATS[:3])

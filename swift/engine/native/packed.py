@@ -112,12 +112,13 @@ def pack(weight: Tensor, format: Format, width: int) -> Tensor:
     if format == "int8":
         scale = groups_PGKR.abs().amax(2, keepdim=True).div_(127).clamp_(min=1e-30).contiguous()
         whole = (groups_PGKR / scale).round_().clamp_(-127, 127).to(torch.int8)
-        return torch.cat([scale.view(torch.int8).flatten(2), whole.flatten(2)], dim=2)
+        return torch.cat([scale.view(torch.int8).flatten(2), _in_pairs(whole).flatten(2)], dim=2)
     scale, least = (part.contiguous() for part in _four_bits(groups_PGKR))
     nibbles = ((groups_PGKR - least.float()) / scale.float()).round_().clamp_(0, 15).to(torch.uint8)
-    pairs = nibbles[:, :, 0::2] | nibbles[:, :, 1::2] << 4
+    pairs = _in_pairs(nibbles).unflatten(2, (-1, 2))
+    both = pairs[:, :, :, 0] | pairs[:, :, :, 1] << 4
     heads = [part.view(torch.uint8).flatten(2) for part in (scale, least)]
-    return torch.cat([*heads, pairs.flatten(2)], dim=2)
+    return torch.cat([*heads, both.flatten(2)], dim=2)
 
 
 def unpack(packed: Tensor, format: Format, count: int, inputs: int, width: int) -> Tensor:
@@ -127,14 +128,25 @@ def unpack(packed: Tensor, format: Format, count: int, inputs: int, width: int) 
     size = GROUP[format]
     if format == "int8":
         scale = packed[:, :, : 4 * width].contiguous().view(torch.float32).unsqueeze(2)
-        groups = packed[:, :, 4 * width :].unflatten(2, (size, width)).float() * scale
+        groups = _out_of_pairs(packed[:, :, 4 * width :].unflatten(2, (size // 2, width, 2))).float() * scale
     else:
         heads = packed[:, :, : 4 * width].contiguous().view(torch.bfloat16).float()
         scale, least = heads.unsqueeze(2).split(width, dim=3)
-        pairs = packed[:, :, 4 * width :].unflatten(2, (size // 2, width))
-        groups = torch.stack([pairs & 15, pairs >> 4], dim=3).flatten(2, 3).float() * scale + least
+        both = packed[:, :, 4 * width :].unflatten(2, (size // 4, width, 2))
+        pairs = torch.stack([both & 15, both >> 4], dim=3).flatten(2, 3)
+        groups = _out_of_pairs(pairs).float() * scale + least
     whole: Tensor = groups.flatten(1, 2)
     return whole.transpose(1, 2).reshape(-1, inputs)[:count].contiguous()
+
+
+def _in_pairs(groups_PGKR: Tensor) -> Tensor:
+    """(P, G, K / 2, R, 2): two inputs of an output side by side."""
+    return groups_PGKR.unflatten(2, (-1, 2)).transpose(3, 4)
+
+
+def _out_of_pairs(pairs: Tensor) -> Tensor:
+    """What ``_in_pairs`` was made of."""
+    return pairs.transpose(3, 4).flatten(2, 3)
 
 
 def _four_bits(groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@
 #include <arm_neon.h>
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
 constexpr int W = 16;  // floats of a vector
 #elif defined(__AVX__)
 constexpr int W = 8;
@@ -18,13 +18,16 @@ typedef float V __attribute__((vector_size(W * 4)));
 typedef float Anywhere __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(W * 4)));
 typedef uint16_t Shorts __attribute__((vector_size(W * 2), aligned(2), may_alias));
-typedef int8_t Bytes __attribute__((vector_size(W), aligned(1), may_alias));
+typedef int16_t Pairs __attribute__((vector_size(W * 4)));
+typedef int16_t Narrow __attribute__((vector_size(W * 2), aligned(2), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(W * 2), aligned(1), may_alias));
+typedef uint8_t UnsignedBytes __attribute__((vector_size(W * 2), aligned(1), may_alias));
 
 static inline V load(const float* p) { return *(const Anywhere*)p; }
 static inline void store(float* p, V v) { *(Anywhere*)p = v; }
 
 static inline V from_half(const uint16_t* p) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
   return (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__)
   return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
@@ -44,36 +47,47 @@ static inline V from_half(const uint16_t* p) {
 
 static inline V from_bfloat(const uint16_t* p) { return (V)(__builtin_convertvector(*(const Shorts*)p, Ints) << 16); }
 
-static inline V from_bytes(const int8_t* p) {
-#if defined(__AVX512F__)
-  return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+// W pairs of 16 bits, of 2W bytes with a sign; of the low and of the high four bits of 2W bytes.
+static inline Pairs pairs_from_bytes(const int8_t* p) {
+#if defined(__AVX512BW__)
+  return (Pairs)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__AVX2__)
-  return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  return (Pairs)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
 #else
-  return __builtin_convertvector(__builtin_convertvector(*(const Bytes*)p, Ints), V);
+  return __builtin_convertvector(*(const Bytes*)p, Pairs);
 #endif
 }
 
-// The low and the high four bits of W bytes, as numbers from 0 to 15.
-static inline void from_nibbles(const uint8_t* p, V& low, V& high) {
-#if defined(__AVX512F__)
-  __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-  low = (V)_mm512_cvtepi32_ps(_mm512_and_si512(b, _mm512_set1_epi32(15)));
-  high = (V)_mm512_cvtepi32_ps(_mm512_srli_epi32(b, 4));
+static inline void pairs_from_nibbles(const uint8_t* p, Pairs& low, Pairs& high) {
+#if defined(__AVX512BW__)
+  const Pairs both = (Pairs)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__AVX2__)
-  __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
-  low = (V)_mm256_cvtepi32_ps(_mm256_and_si256(b, _mm256_set1_epi32(15)));
-  high = (V)_mm256_cvtepi32_ps(_mm256_srli_epi32(b, 4));
+  const Pairs both = (Pairs)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
 #else
-  for (int i = 0; i < W; i++) {
-    low[i] = p[i] & 15;
-    high[i] = p[i] >> 4;
-  }
+  const Pairs both = __builtin_convertvector(*(const UnsignedBytes*)p, Pairs);
+#endif
+  low = both & 15;
+  high = both >> 4;
+}
+
+// sums + a0 b0 + a1 b1 of each pair
+static inline Ints add_products(Ints sums, Pairs a, Pairs b) {
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  return sums + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+  return (Ints)_mm256_dpwssd_avx_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+  return sums + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  for (int i = 0; i < W; i++) sums[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+  return sums;
 #endif
 }
 
 static inline float sum(V v) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
   return _mm512_reduce_add_ps((__m512)v);
 #elif defined(__AVX__)
   __m128 two = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
