@@ -33,7 +33,9 @@ def as_computed_with(x, format):
 def test_a_packed_layer_computes_with_the_weights_that_it_shows(format, rows):
     x, weight, bias = numbers(rows, 320), numbers(75, 320, seed=1), numbers(75, seed=2)
     layer = PackedLinear(weight, bias, format)
-    torch.testing.assert_close(layer(as_computed_with(x, format)), F.linear(as_computed_with(x, format), layer.weight, bias), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        layer(as_computed_with(x, format)), F.linear(as_computed_with(x, format), layer.weight, bias), rtol=1e-5, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])

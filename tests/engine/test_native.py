@@ -191,6 +191,12 @@ def test_a_prompt_without_room_for_an_answer_is_refused_and_others_go_on():
     assert [delta.id for delta in engine.step()] == ["good"]
 
 
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_a_token_that_the_model_lacks_is_refused(token):
+    with pytest.raises(DataError, match=f"beyond the model's {VOCABULARY}"):
+        engine_of().add(Request(id="a", prompt=(5, token), sampling=GREEDY))
+
+
 def test_a_full_context_ends_the_answer():
     engine = engine_of()
     sampling = Sampling(max_new_tokens=50, temperature=0, ignore_eos=True)

@@ -88,8 +88,8 @@ class NativeEngine:
             max_num_tokens=max(options.max_num_tokens, options.max_num_seqs),
             shares_prefixes=options.shares_prefixes,
         )
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        self._guides = Guides(loaded.tokenizer, vocabulary, self._ends)
+        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self._guides = Guides(loaded.tokenizer, self._vocabulary, self._ends)
         self._answers: dict[str, _Answer] = {}
         self.num_prompt_tokens = 0  # of requests that have begun to be answered
         self.num_cached_tokens = 0
@@ -107,6 +107,8 @@ class NativeEngine:
         room = min(sampling.max_new_tokens, limit - length)
         if not request.prompt:
             raise DataError("the prompt has no tokens")
+        if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocabulary:
+            raise DataError(f"the prompt has tokens beyond the model's {self._vocabulary}")
         if room < 1:
             raise DataError(f"the prompt has {length} tokens, the model's context {limit}", hint="shorten it")
         salt = ROOT if request.adapter is None else self.runner.adapters.salt(request.adapter)

@@ -98,13 +98,13 @@ class Encoder:
 
     def _each(self, name: str, out: View, a: View, b: View | None = None, number: int = 0) -> Words:
         """An operation on each element."""
-        if any(view.dtype != torch.float32 for view in (out, a, b or a)):
-            raise Untraceable(f"{name} of {a.dtype}")
+        if others := {view.dtype for view in (out, a, b or a)} - {torch.float32}:
+            raise Untraceable(f"{name} of {others.pop()}")
         strides = [_broadcast(view, out.size) for view in (out, a)]
         strides.append(_broadcast(b, out.size) if b is not None else (0,) * len(out.size))
-        sizes, strides = _merged(out.size, strides)
+        sizes, merged = _merged(out.size, strides)
         words = [CODES[name], 0, *sizes]
-        for view, stride in zip((out, a, b or a), strides, strict=True):
+        for view, stride in zip((out, a, b or a), merged, strict=True):
             words += [*self.place(view), *stride]
         return [*words, number]
 
@@ -172,7 +172,9 @@ class Encoder:
         words = [CODES["mean"], 0, *[1] * fill, *a.size]
         return [*words, *self.place(out), *[0] * fill, *out.stride, *self.place(a), *[0] * fill, *a.stride]
 
-    def _native_layer_norm(self, step: Step, a: View, shape: tuple[int, ...], weight: View | None, bias: View | None, epsilon: float) -> Words:
+    def _native_layer_norm(
+        self, step: Step, a: View, shape: tuple[int, ...], weight: View | None, bias: View | None, epsilon: float
+    ) -> Words:
         if len(shape) != 1:
             raise Untraceable("a norm over several dimensions")
         out, width = step.outputs[0], shape[0]
@@ -201,7 +203,17 @@ class Encoder:
             self.windows.append(window)
         self.layers.append(layer)
         scaling = options.get("scaling")
-        words = [CODES["attend"], 0, query.size[2], heads, key.size[1], width, value.size[3], len(self.layers) - 1, self.windows.index(window)]
+        words = [
+            CODES["attend"],
+            0,
+            query.size[2],
+            heads,
+            key.size[1],
+            width,
+            value.size[3],
+            len(self.layers) - 1,
+            self.windows.index(window),
+        ]
         words += [_bits(width**-0.5 if scaling is None else scaling), _bits(options.get("softcap") or 0.0)]
         words.append(0 if sinks is None else self._constant(sinks))
         for view in (query, key, value):
@@ -239,7 +251,7 @@ def gated(steps: Sequence[Step]) -> list[Step]:
             continue
         (result,) = step.outputs
         own = readers[result.storage]
-        other = steps[own[1]] if len(own) == 2 else None
+        other = made[own[1]] if len(own) == 2 else None
         if other is None or other.name != "mul" or not all(isinstance(argument, View) for argument in other.arguments):
             continue
         factors = [argument for argument in other.arguments if argument.storage != result.storage]

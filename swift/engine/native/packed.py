@@ -141,7 +141,8 @@ def unpack(packed: Tensor, format: Format, count: int, inputs: int, width: int) 
 
 def _in_pairs(groups_PGKR: Tensor) -> Tensor:
     """(P, G, K / 2, R, 2): two inputs of an output side by side."""
-    return groups_PGKR.unflatten(2, (-1, 2)).transpose(3, 4)
+    pairs: Tensor = groups_PGKR.unflatten(2, (-1, 2))
+    return pairs.transpose(3, 4)
 
 
 def _out_of_pairs(pairs: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ value, scalings that depend on values) is left to the model's own forward, and s
 
 import contextlib
 import ctypes
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +49,8 @@ class _Line:
         return line
 
     def at(self, num_rows: int) -> np.ndarray:
-        return self.base + num_rows * self.slope
+        numbers: np.ndarray = self.base + num_rows * self.slope
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,14 @@ class Program:
         self._run(program.ctypes.data, begin, self.num_instructions, words)
         return self._tensor(self._output)[0]
 
+    def workspace_bytes(self, num_rows: int) -> int:
+        """Memory for all that is computed in a pass of so many rows."""
+        return self._slots.size(num_rows)
+
     def _at(self, num_rows: int) -> np.ndarray:
         if self._bound[0] != num_rows:
             self._bound = num_rows, self._words.at(num_rows)
-            if (size := self._slots.size(num_rows)) > len(self._workspace):
+            if (size := self.workspace_bytes(num_rows)) > len(self._workspace):
                 self._workspace = torch.empty(size, dtype=torch.uint8)
         return self._bound[1]
 
@@ -177,7 +181,7 @@ def _noted(policy: Policy, num_rows: int) -> tuple[Tape, View]:
 @contextlib.contextmanager
 def _noting(model: Any, tape: Tape) -> Iterator[None]:
     """Within, the compiled layers of ``model`` note what they do."""
-    modules = [module for module in model.modules() if isinstance(module, PackedLinear | CompiledNorm)]
+    modules: list[Any] = [module for module in model.modules() if isinstance(module, PackedLinear | CompiledNorm)]
 
     def noted(module: Any) -> Any:
         def forward(x: Tensor) -> Tensor:
@@ -211,7 +215,9 @@ def _attend(index: int, encoders: Sequence[Encoder], steps: Sequence[Step], cons
     key, value, sinks = steps[0].arguments[1:]
     if sinks is not None:
         options["s_aux"] = constants[sinks.storage]
-    found = [[encoder.described(view) for view in (*step.arguments[:3], *step.outputs)] for encoder, step in zip(encoders, steps, strict=True)]
+    found = [
+        [encoder.described(view) for view in (*step.arguments[:3], *step.outputs)] for encoder, step in zip(encoders, steps, strict=True)
+    ]
     views = tuple(_Line.through(each) for each in zip(*found, strict=True))
     shapes = (key.size[1], key.size[3]), (value.size[1], value.size[3])
     return _Attend(index, _Layer(layer), options, shapes, views)
@@ -225,7 +231,8 @@ def _agrees(program: Program, policy: Policy) -> bool:
     draw = torch.Generator().manual_seed(0)
     done = [0] * 8
     for lengths in ((1, 1, 1, 1, 1, 1, 1, 1), (1, 2, 0, 1, 3, 0, 0, 1), (0, 0, 1, 0, 0, 0, 0, 0), (1, 1, 9, 1, 1, 1, 1, 1), (1,) * 8):
-        pieces, positions = [], []
+        pieces: list[Piece] = []
+        positions: list[int] = []
         for number, length in enumerate(lengths):
             if length:
                 blocks = tuple(3 * number + turn for turn in (1, 2, 0))

@@ -98,7 +98,7 @@ class Tape(TorchDispatchMode):
         return {name: self._views(part) for name, part in value.items()} if isinstance(value, dict) else value
 
     def _view(self, tensor: Tensor) -> View:
-        offset = tensor.storage_offset() * tensor.element_size()
+        offset = int(tensor.storage_offset()) * tensor.element_size()
         return View(self._numbers[self._key(tensor)], offset, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
     def _number(self, tensor: Tensor) -> int:
