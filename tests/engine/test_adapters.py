@@ -69,6 +69,15 @@ def test_each_row_gets_its_adapter(tmp_path, family, weights):
     assert run(engine, prompts, adapters) == found
 
 
+def test_adapters_of_linear_layers_need_no_forward_pass_of_the_models_own(tmp_path, monkeypatch):
+    engine = NativeEngine(loaded(), NativeOptions(weights="float32"))
+    engine.load_adapter("a", make_adapter(tmp_path / "a"))
+    prompts = random_prompts(3)
+    expected = run(engine, prompts, ["a", None, "a"])
+    monkeypatch.delattr(engine.runner.policy.decoder, "layers")
+    assert run(engine, prompts, ["a", None, "a"]) == expected
+
+
 def test_ranks_and_alphas_of_single_layers(tmp_path):
     options = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3, "down_proj": 40}}
     path = make_adapter(tmp_path / "a", **options)

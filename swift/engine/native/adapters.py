@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +41,15 @@ class Adapter:
     name: str
     salt: bytes
     layers: dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Updates:
+    """What the rows of a pass get, as kernels/program.cpp reads it: for each adapter the number of rows, where they are
+    listed, and where for each layer its A', B' and rank are. ``kept`` holds what is pointed to."""
+
+    parts: np.ndarray
+    kept: list[Any]
 
 
 @dataclass
@@ -85,15 +96,11 @@ class Adapters:
         self._rows = Rows()
         self._loaded: dict[str, Adapter] = {}
         self._wrapped: dict[str, AdaptedLinear] = {}
+        self._tables: WeakKeyDictionary[Adapter, np.ndarray] = WeakKeyDictionary()
         self._count = 0
 
     def __contains__(self, name: str) -> bool:
         return name in self._loaded
-
-    @property
-    def are_used(self) -> bool:
-        """Whether a row of the next pass gets an adapter."""
-        return bool(self._rows.parts)
 
     def salt(self, name: str) -> bytes:
         return self._loaded[name].salt
@@ -128,6 +135,31 @@ class Adapters:
             if not joined:
                 rows = torch.cat([torch.arange(begin, end, device=device) for begin, end in own])
             self._rows.parts.append((self._loaded[name], rows))
+
+    def updates(self, linears: Sequence[nn.Module]) -> Updates | None:
+        """What the next pass gets, for compiled layers ``linears``; None if adapters change others too, or in other precisions."""
+        parts, kept = [], []
+        for adapter, rows in self._rows.parts:
+            layers = self._layers(adapter, linears)
+            if layers is None:
+                return None
+            listed = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.numpy()
+            parts.append([len(listed), listed.ctypes.data, layers.ctypes.data])
+            kept += [listed, layers]
+        return Updates(np.array(parts, dtype=np.int64), kept)
+
+    def _layers(self, adapter: Adapter, linears: Sequence[nn.Module]) -> np.ndarray | None:
+        """(layers, 3): addresses of A' and B', and the rank; zeros for a layer that ``adapter`` leaves as it is."""
+        if adapter not in self._tables:
+            numbers = {id(layer): number for number, layer in enumerate(linears)}
+            table = np.zeros((len(linears), 3), dtype=np.int64)
+            for name, (a, b) in adapter.layers.items():
+                number = numbers.get(id(self._wrapped[name].base))
+                if number is None or a.dtype != torch.float32:
+                    return None
+                table[number] = a.data_ptr(), b.data_ptr(), a.shape[1]
+            self._tables[adapter] = table
+        return self._tables[adapter]
 
     def _wrap(self, name: str) -> AdaptedLinear:
         parent, _, child = name.rpartition(".")

@@ -1,6 +1,6 @@
 """The steps of a tape as instructions of kernels/program.cpp, for the number of rows that it was noted with.
 
-An instruction is WORDS whole numbers: what to do, one word that is free, and what it takes, as the kernel reads it. An
+An instruction is WORDS whole numbers: what to do, the number of a linear layer, and what it takes, as the kernel reads it. An
 operand is a base and an offset in bytes; sizes and strides are in elements.
 """
 
@@ -70,6 +70,7 @@ class Encoder:
         self.slots, self.constants, self.num_rows = slots, constants, num_rows
         self.layers: list[int] = []  # in the order of their attention
         self.windows: list[int | None] = []
+        self.linears: list[Any] = []  # layers, which an instruction knows by their number here
 
     def of(self, step: Step) -> list[Words]:
         """The instructions of a step."""
@@ -189,7 +190,19 @@ class Encoder:
         function = ctypes.cast(layer.function, ctypes.c_void_p).value or 0
         rows, inputs, outputs = math.prod(x.size[:-1]), layer.in_features, layer.out_features
         pointers = [layer.packed.data_ptr(), 0 if layer.bias is None else layer.bias.data_ptr()]
-        return [CODES["linear"], 0, function, rows, inputs, outputs, *self._whole(x), *pointers, *self._whole(step.outputs[0])]
+        if layer not in self.linears:
+            self.linears.append(layer)
+        return [
+            CODES["linear"],
+            self.linears.index(layer),
+            function,
+            rows,
+            inputs,
+            outputs,
+            *self._whole(x),
+            *pointers,
+            *self._whole(step.outputs[0]),
+        ]
 
     def _rms_norm(self, step: Step, x: View, norm: Any) -> Words:
         width = x.size[-1]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swift.engine.native.adapters import Updates
 from swift.engine.native.compiled import kernels
 from swift.engine.native.instructions import NUM_INPUTS, WORDS, Encoder, Slots, constants_of, gated
 from swift.engine.native.packed import CompiledNorm, PackedLinear
@@ -93,6 +94,7 @@ class Program:
         self._words = _Line.through([_flat(instructions) for instructions in made])
         self._output = _Line.through([encoder.described(output) for encoder, (_, output) in zip(encoders, passes, strict=True)])
         self._windows = encoders[0].windows
+        self.linears = encoders[0].linears  # the packed layers that it computes
         self._attends = []
         index = 0
         for number, instructions in enumerate(made[0]):
@@ -104,19 +106,22 @@ class Program:
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._bound: tuple[int, np.ndarray] = (0, self._words.base)
 
-    def run(self, ids_T: Tensor, positions_T: Tensor, pages: Pages) -> Tensor:
-        """(T, D); the next call writes over it."""
+    def run(self, ids_T: Tensor, positions_T: Tensor, pages: Pages, updates: Updates | None = None) -> Tensor:
+        """(T, D), with what adapters add to the rows; the next call writes over it."""
         num_rows = len(ids_T)
         program = self._at(num_rows)
         layers = [pages.cache.float32(attend.layer.layer_idx, *attend.shapes) for attend in self._attends]
         caches = _pointers([part for pair in layers for part in pair])
         given = [0, self._workspace.data_ptr(), ids_T.data_ptr(), positions_T.data_ptr(), pages.written.data_ptr()]
-        if not pages.longer:
+        if pages.longer:
+            given += [0] * 6
+        else:
             table = pages.table
             firsts = [table.first(window) for window in self._windows]
             windows = _pointers(firsts)
             given += [table.blocks.data_ptr(), table.blocks.shape[1], table.context.data_ptr(), pages.cache.block_size]
             given += [ctypes.addressof(caches), ctypes.addressof(windows)]
+        given += [0, 0] if updates is None else [len(updates.parts), updates.parts.ctypes.data]
         words = (ctypes.c_int64 * len(given))(*given)
         begin = 0
         if pages.longer:  # many queries of one sequence: torch's kernels are the better ones

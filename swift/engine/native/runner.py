@@ -69,8 +69,9 @@ class Runner:
         self.adapters.use(spans, self.device)
         pages = Pages(self.cache, pieces, self.device, self._kernel)
         rows_K = torch.tensor(wanted, dtype=torch.int64, device=self.device)
-        if self.program is not None and not self.adapters.are_used:
-            hidden_TD = self.program.run(torch.tensor(tokens), torch.tensor(positions), pages)
+        updates = None if self.program is None else self.adapters.updates(self.program.linears)
+        if self.program is not None and updates is not None:
+            hidden_TD = self.program.run(torch.tensor(tokens), torch.tensor(positions), pages, updates)
             logits_KV = self.policy.logits_of(hidden_TD.index_select(0, rows_K))
         else:
             logits_KV = self._logits(torch.tensor([tokens]), torch.tensor([positions]), pages, rows_K).float()

@@ -20,12 +20,6 @@ float dot(const float* a, const float* b, int n) {
   return whole;
 }
 
-void add(float* out, float factor, const float* v, int n) {
-  int i = 0;
-  for (; i + W <= n; i += W) store(out + i, load(out + i) + factor * load(v + i));
-  for (; i < n; i++) out[i] += factor * v[i];
-}
-
 // Scores become probabilities; a sink takes its share.
 void softmax(float* scores, int count, int room, const float* sink) {
   float most = sink ? *sink : scores[0];

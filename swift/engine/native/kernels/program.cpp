@@ -1,12 +1,13 @@
 // A model's pass as a list of instructions over strided tensors, run in one call; instructions.py writes it.
 //
-// An instruction is WORDS numbers: what to do, then what that takes. An operand is a base (0: an address, else one of the
+// An instruction is WORDS numbers: what to do, for a linear layer its number, then what it takes. An operand is a base (0: an address, else one of the
 // pass: see Pass) and an offset in bytes; strides are in elements. Floats stand in the low half of a word.
 #include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "vector.h"
 
@@ -27,6 +28,19 @@ enum Op : Word {
   FROM_INT, ADD_INT, MEAN, LAYER_NORM, GATHER, LINEAR, RMS_NORM, ATTEND
 };
 
+// What an adapter adds to a linear layer (N, K): A' (K, rank) and B' (rank, N); nothing where A' is null.
+struct Update {
+  const float *a, *b;
+  Word rank;
+};
+
+// The rows that get an adapter, and its update of each layer.
+struct Part {
+  Word count;
+  const Word* rows;
+  const Update* layers;
+};
+
 struct Pass {
   char* bases[4];         // nothing, the workspace, token ids, positions
   const Word* places;     // (T,) of the cache, where the keys and values of the row go
@@ -36,6 +50,8 @@ struct Pass {
   Word block_size;
   float* const* caches;   // keys and values of each layer
   const int* const* firsts;  // for each window, (T,) first tokens that are seen
+  Word num_parts;
+  const Part* parts;
 };
 
 float number(Word w) {
@@ -155,6 +171,21 @@ void attend(const Word* w, const Pass& pass) {
                   d, e, pass.block_size, number(w[9]), number(w[10]), (const float*)w[11], at<float>(w + 24, pass));
 }
 
+// Some rows at a time, which share what is read of the update.
+void update(const float* x, long K, float* out, long N, const Part& part, const Update& by) {
+  constexpr long SOME = 4;
+#pragma omp parallel for schedule(static) if (part.count * (K + N) * by.rank > MANY)
+  for (long begin = 0; begin < part.count; begin += SOME) {
+    const Word* rows = part.rows + begin;
+    const long count = std::min(SOME, part.count - begin);
+    std::vector<float> low(count * by.rank);
+    for (long k = 0; k < K; k++)
+      for (long m = 0; m < count; m++) add(low.data() + m * by.rank, x[rows[m] * K + k], by.a + k * by.rank, by.rank);
+    for (long r = 0; r < by.rank; r++)
+      for (long m = 0; m < count; m++) add(out + rows[m] * N, low[m * by.rank + r], by.b + r * N, N);
+  }
+}
+
 typedef void (*Linear)(const float* x, long rows, int K, const char* w, const float* b, float* out, long N);
 
 void run(const Word* w, const Pass& pass) {
@@ -218,8 +249,14 @@ void run(const Word* w, const Pass& pass) {
       for (long i = 0; i < w[2]; i++) memcpy(at<char>(w + 7, pass) + i * w[3], (const char*)w[4] + ids[i] * w[3], w[3]);
       return;
     }
-    case LINEAR:
-      return ((Linear)w[2])(at<float>(w + 6, pass), w[3], w[4], (const char*)w[8], (const float*)w[9], at<float>(w + 10, pass), w[5]);
+    case LINEAR: {
+      const float* x = at<float>(w + 6, pass);
+      float* out = at<float>(w + 10, pass);
+      ((Linear)w[2])(x, w[3], w[4], (const char*)w[8], (const float*)w[9], out, w[5]);
+      for (const Part* part = pass.parts; part < pass.parts + pass.num_parts; part++)
+        if (const Update& by = part->layers[w[1]]; by.a) update(x, w[4], out, w[5], *part, by);
+      return;
+    }
     case RMS_NORM:
       return rms_norm(at<float>(w + 4, pass), w[2], w[3], (const float*)w[8], number(w[9]), at<float>(w + 6, pass));
     case ATTEND: return attend(w, pass);

@@ -98,6 +98,13 @@ static inline float sum(V v) {
 #endif
 }
 
+// out += factor * v
+static inline void add(float* out, float factor, const float* v, long n) {
+  long i = 0;
+  for (; i + W <= n; i += W) store(out + i, load(out + i) + factor * load(v + i));
+  for (; i < n; i++) out[i] += factor * v[i];
+}
+
 // e^x for x <= 0, 0 below -87: 2^n e^r with |r| <= ln(2)/2, and e^r by its Taylor series, whose rest is below 2e-7.
 static inline V exp_of(V x) {
   const V floor = V{} - 87.0f;
