@@ -13,23 +13,21 @@ namespace {
 
 constexpr int KB = 256;  // inputs of a part, 16 KiB of float32 weights on machines with 8 floats a vector
 
-// A format: bytes of a weight, and how W of them are read.
+// A format: bytes of a weight, rows up to which it is read as it is (measured), and how W of them are read.
 struct Float32 {
-  static constexpr int bytes = 4;
+  static constexpr int bytes = 4, direct = 0;
   static V at(const char* p) { return load((const float*)p); }
 };
 
 struct Float16 {
-  static constexpr int bytes = 2;
+  static constexpr int bytes = 2, direct = 48;
   static V at(const char* p) { return from_half((const uint16_t*)p); }
 };
 
 struct BFloat16 {
-  static constexpr int bytes = 2;
+  static constexpr int bytes = 2, direct = 6;
   static V at(const char* p) { return from_bfloat((const uint16_t*)p); }
 };
-
-constexpr int DIRECT = 12;  // rows up to which weights of 16 bits are read as they are
 
 // out (R, NR) += x (R, K) times a panel (K, NR). One row alone would wait for its sums: it gets several of them.
 template <class F, int R>
@@ -82,7 +80,7 @@ void tiles(long rows, const float* x, long x_stride, const char* panel, int K, f
 
 template <class F>
 void panel_product(const float* x, long rows, int K, const char* panel, float* out, long out_stride) {
-  if (!std::is_same_v<F, Float32> && rows <= DIRECT) return tiles<F>(rows, x, K, panel, K, out, out_stride);
+  if (!std::is_same_v<F, Float32> && rows <= F::direct) return tiles<F>(rows, x, K, panel, K, out, out_stride);
   alignas(64) float weights[KB * NR];
   for (int k = 0; k < K; k += KB) {
     const int part = std::min(KB, K - k);
