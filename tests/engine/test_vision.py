@@ -1,0 +1,160 @@
+"""Prompts with images: the engines beside the model's own generate on what its own processor made."""
+
+import pytest
+
+from swift.data.template import ChatTemplate
+from swift.engine.answers import answers
+from swift.engine.base import Media, Request, Sampling
+from swift.engine.media import ImagePrompts
+from swift.engine.native.engine import NativeEngine, NativeOptions
+from swift.engine.transformers import TransformersEngine
+from swift.errors import DataError, ModelError
+from swift.model.load import load_model
+from swift.model.vision import load_processor, reads_images
+from tests.vision import MODELS, make_qwen3_vl, picture
+
+GREEDY = Sampling(max_new_tokens=10, min_new_tokens=10, temperature=0)
+FEW = {"block_size": 4, "max_num_seqs": 3, "max_num_tokens": 7}
+TEXT = "Is it snowing in Nanjing today?"
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request, tmp_path_factory):
+    return MODELS[request.param](tmp_path_factory.mktemp("vision") / request.param)
+
+
+@pytest.fixture
+def loaded(folder):
+    return load_model(folder, processor=load_processor(folder))
+
+
+def messages(*parts):
+    """A user's message of texts and pictures."""
+    return [{"role": "user", "content": [{"type": "text", "text": part} if isinstance(part, str) else _image(part) for part in parts]}]
+
+
+def _image(image):
+    return {"type": "image", "image": image}
+
+
+def wanted(folder, *prompts):
+    """Tokens that generate finds for each prompt alone, on what the processor made of it."""
+    found = []
+    loaded = load_model(folder, processor=load_processor(folder))
+    for parts in prompts:
+        inputs = loaded.processor.apply_chat_template(
+            messages(*parts), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        loaded.model.base_model.rope_deltas = None  # Qwen's model keeps those of the prompt before
+        ids = loaded.model.generate(**inputs, max_new_tokens=10, min_new_tokens=10, do_sample=False)
+        found.append(ids[0, inputs["input_ids"].shape[1] :].tolist())
+    return found
+
+
+def requests(loaded, *prompts):
+    made = []
+    reader = ImagePrompts(loaded.processor, ChatTemplate(loaded.tokenizer))
+    assert reader.takes_images and not reader.takes_texts
+    for number, parts in enumerate(prompts):
+        contents = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+        text = ChatTemplate(loaded.tokenizer).text([{"role": "user", "content": contents}], prompt=True)
+        images = [part for part in parts if not isinstance(part, str)]
+        ids, media = reader.ready(text, images) if images else (tuple(loaded.tokenizer(text).input_ids), None)
+        made.append(Request(id=str(number), prompt=ids, sampling=GREEDY, media=media))
+    return made
+
+
+def run(engine, *prompts):
+    return [answer.token_ids for answer in answers(engine, requests(engine.loaded, *prompts))]
+
+
+def run_of(engine, request):
+    return next(answers(engine, [request])).token_ids
+
+
+PROMPTS = [
+    (picture(0), TEXT),
+    (TEXT,),
+    (TEXT, picture(1), "and", picture(2, (40, 72)), "beside?"),
+    (picture(0), TEXT),
+    (picture(3), TEXT),
+    (picture(0), "And now?"),
+]
+
+
+@pytest.mark.parametrize("options", [{}, FEW, {**FEW, "weights": "auto", "num_guessed": 3}], ids=["whole", "parts", "compiled"])
+def test_answers_about_images_are_those_of_generate(folder, loaded, options):
+    assert run(NativeEngine(loaded, NativeOptions(**options)), *PROMPTS) == wanted(folder, *PROMPTS)
+
+
+def test_the_reference_engine_answers_as_generate_does(folder, loaded):
+    assert run(TransformersEngine(loaded, max_batch_size=4), *PROMPTS) == wanted(folder, *PROMPTS)
+
+
+def test_prompts_that_are_put_back_are_shown_their_images_again(folder, loaded):
+    size = NativeEngine(loaded, NativeOptions()).runner.bytes_per_token()
+    longest = max(len(request.prompt) for request in requests(loaded, *PROMPTS))
+    count = (longest + GREEDY.max_new_tokens) // 4 + 2
+    engine = NativeEngine(loaded, NativeOptions(block_size=4, max_num_seqs=6, max_num_tokens=16, kv_cache_bytes=size * 4 * count))
+    assert run(engine, *PROMPTS) == wanted(folder, *PROMPTS)
+    assert engine.scheduler.num_preemptions > 0
+    assert engine.scheduler.blocks.num_free == count
+
+
+def test_equal_images_share_their_beginning_and_others_do_not(loaded):
+    engine = NativeEngine(loaded, NativeOptions(block_size=4))
+    first, same, other = requests(loaded, (picture(0), TEXT), (picture(0), TEXT), (picture(1), TEXT))
+    assert first.prompt == other.prompt
+    run_of(engine, first)
+    engine.add(same)
+    assert engine.step()[0].num_cached == len(same.prompt) - 1
+    engine.add(other)
+    (cached,) = [delta.num_cached for delta in engine.step() if delta.id == other.id]
+    assert cached == first.media.places[0]
+
+
+def test_an_image_changes_the_answer(folder):
+    one, other, none = wanted(folder, (picture(0), TEXT), (picture(1), TEXT), (TEXT,))
+    assert one != other and one != none
+
+
+def test_images_that_the_tokens_do_not_stand_for_end_their_own_answer_alone(folder, loaded):
+    engine = NativeEngine(loaded, NativeOptions(block_size=4))
+    text, image = requests(loaded, (TEXT,), (picture(0), TEXT))
+    place = image.media.places[-1]
+    short = Media(inputs=image.media.inputs, places=image.media.places[:-1], digest=image.media.digest)
+    engine.add(text)
+    engine.add(Request(id="short", prompt=image.prompt[:place] + image.prompt[place + 1 :], sampling=GREEDY, media=short))
+    deltas = [delta for _ in range(20) for delta in engine.step()]
+    (ended,) = [delta for delta in deltas if delta.id == "short"]
+    assert ended.finish_reason == "abort" and "does not take the images" in ended.stopped_by
+    tokens = [token for delta in deltas if delta.id == text.id for token in delta.token_ids]
+    assert [tokens] == wanted(folder, (TEXT,))
+    assert engine.is_idle
+    assert run_of(engine, image) == wanted(folder, (picture(0), TEXT))[0]
+
+
+def test_a_model_of_texts_refuses_an_image(tiny_model, loaded):
+    (image,) = requests(loaded, (picture(0), TEXT))
+    text_model = load_model(tiny_model)
+    for engine in (NativeEngine(text_model, NativeOptions()), TransformersEngine(text_model)):
+        with pytest.raises(DataError, match="text only"):
+            engine.add(image)
+
+
+def test_a_snapshot_reads_images_if_its_config_and_processor_say_so(folder, tiny_model):
+    assert reads_images(folder) and not reads_images(tiny_model)
+
+
+def test_a_text_that_holds_the_token_of_an_image_does_not_pass_for_one(loaded):
+    reader = ImagePrompts(loaded.processor, ChatTemplate(loaded.tokenizer))
+    with pytest.raises(DataError, match="2 times for 1 images"):
+        reader.ready(f"{reader.token} and {reader.token}", [picture(0)])
+
+
+def test_a_model_whose_layers_get_images_too_is_left_to_generate(tmp_path):
+    folder = make_qwen3_vl(tmp_path / "qwen3_vl")
+    loaded = load_model(folder, processor=load_processor(folder))
+    with pytest.raises(ModelError, match="cannot show images"):
+        NativeEngine(loaded, NativeOptions())
+    assert run(TransformersEngine(loaded), *PROMPTS) == wanted(folder, *PROMPTS)
