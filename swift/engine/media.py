@@ -7,44 +7,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swift.data.template import ChatTemplate
+from swift.data.template import MARK, ChatTemplate
 from swift.engine.base import Media
 from swift.errors import DataError
 
-MARK = "marker-of-a-text"
 TEXT_INPUTS = ("input_ids", "attention_mask")
-# What image processors and templates raise for what they cannot read; none of them names a fault of the program alone.
+# What processors and models raise for images that they cannot read; they have no error of their own for it.
 FAULTS = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, StopIteration, TypeError, ValueError)
 
 
 class ImagePrompts:
     """Prompts of a model whose ``processor`` reads images.
 
-    ``takes_texts``: the template reads a content that is a text; ``takes_images``: it reads one that is a list of parts, and
-    writes ``token`` where an image is. Both are tried.
+    ``takes_images``: ``template`` renders a content that is a list of parts, with the processor's ``token`` where an image is,
+    which is tried.
     """
 
     def __init__(self, processor: Any, template: ChatTemplate | None) -> None:
         self.processor = processor
         self.token: str | None = getattr(processor, "image_token", None)
         self.token_id = None if self.token is None else int(processor.tokenizer.convert_tokens_to_ids(self.token))
-        self.takes_texts = template is not None and MARK in _tried(template, MARK)
-        text = "" if template is None else _tried(template, [{"type": "image"}, {"type": "text", "text": MARK}])
-        self.takes_images = self.token is not None and MARK in text and text.count(self.token) == 1
+        parts = [{"type": "image"}, {"type": "text", "text": MARK}]
+        self.takes_images = (
+            template is not None and self.token is not None and all(template.shows(parts, text) for text in (self.token, MARK))
+        )
 
-    def content(self, parts: str | Sequence[dict[str, str]]) -> Any:
-        """A content as the template reads it: ``parts`` is a text, or parts with an image among them."""
-        return [{"type": "text", "text": parts}] if isinstance(parts, str) and not self.takes_texts else parts
+    def to_ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a rendered ``text`` without images, as those of one with images would be."""
+        return tuple(self.processor.tokenizer(text, **self._options(text)).input_ids)
+
+    def _options(self, text: str) -> dict[str, bool]:
+        """As a processor's apply_chat_template does it."""
+        begin = self.processor.tokenizer.bos_token
+        return {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
 
     def ready(self, text: str, images: Sequence[Any]) -> tuple[tuple[int, ...], Media]:
         """Token ids of a rendered ``text``, and the pictures of PIL that it holds. DataError if they do not fit each other."""
         assert self.token is not None
         if (count := text.count(self.token)) != len(images):
             raise DataError(f"the rendered messages hold {self.token} {count} times for {len(images)} images", hint="it is no text")
-        begins = self.processor.tokenizer.bos_token
-        options = {"add_special_tokens": False} if begins is not None and text.startswith(begins) else {}
         try:
-            made = self.processor(text=[text], images=list(images), return_tensors="pt", **options)
+            made = self.processor(text=[text], images=list(images), return_tensors="pt", **self._options(text))
             ids = tuple(made["input_ids"][0].tolist())
             inputs = {name: value.numpy() for name, value in made.items() if name not in TEXT_INPUTS}
         except FAULTS as problem:
@@ -60,14 +63,6 @@ def image_inputs(model: Any, media: Media | None) -> dict[str, Tensor]:
         tensor = torch.from_numpy(value).to(model.device)
         made[name] = tensor.to(model.dtype) if tensor.is_floating_point() else tensor
     return made
-
-
-def _tried(template: ChatTemplate, content: Any) -> str:
-    """What ``template`` makes of a message with this content; nothing if it cannot."""
-    try:
-        return template.text([{"role": "user", "content": content}], prompt=True)
-    except (DataError, *FAULTS):
-        return ""
 
 
 def _digest(inputs: dict[str, Any], num_tokens: int) -> bytes:

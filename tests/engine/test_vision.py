@@ -45,7 +45,6 @@ def wanted(folder, *prompts):
         inputs = loaded.processor.apply_chat_template(
             messages(*parts), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        loaded.model.base_model.rope_deltas = None  # Qwen's model keeps those of the prompt before
         ids = loaded.model.generate(**inputs, max_new_tokens=10, min_new_tokens=10, do_sample=False)
         found.append(ids[0, inputs["input_ids"].shape[1] :].tolist())
     return found
@@ -54,12 +53,12 @@ def wanted(folder, *prompts):
 def requests(loaded, *prompts):
     made = []
     reader = ImagePrompts(loaded.processor, ChatTemplate(loaded.tokenizer))
-    assert reader.takes_images and not reader.takes_texts
+    assert reader.takes_images
     for number, parts in enumerate(prompts):
         contents = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
         text = ChatTemplate(loaded.tokenizer).text([{"role": "user", "content": contents}], prompt=True)
         images = [part for part in parts if not isinstance(part, str)]
-        ids, media = reader.ready(text, images) if images else (tuple(loaded.tokenizer(text).input_ids), None)
+        ids, media = reader.ready(text, images) if images else (reader.to_ids(text), None)
         made.append(Request(id=str(number), prompt=ids, sampling=GREEDY, media=media))
     return made
 
