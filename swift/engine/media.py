@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -73,5 +74,5 @@ def _digest(inputs: dict[str, Any], num_tokens: int) -> bytes:
         if value.shape == (1, num_tokens):
             continue
         made.update(f"{name} {value.dtype} {value.shape}".encode())
-        made.update(value.tobytes())
+        made.update(numpy.ascontiguousarray(value).data)
     return made.digest()

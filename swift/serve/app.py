@@ -28,7 +28,7 @@ from swift.serve.errors import ApiError, of_runtime, unsupported
 from swift.serve.fields import SamplingFields
 from swift.serve.grammars import GrammarCheck
 from swift.serve.guard import Guard
-from swift.serve.images import images_of
+from swift.serve.images import check_media, images_of
 from swift.serve.metrics import Clock, Metrics
 from swift.serve.openapi import document
 from swift.serve.protocol import (
@@ -281,10 +281,7 @@ class Api:
         """The deltas of ``requests``, whose grammar was found harmless."""
         if (grammar := requests[0].sampling.grammar) is not None:
             await self.grammars.check(grammar)
-        if (media := requests[0].media) is not None and self._media_bytes + media.size_bytes > limits.MOST_MEDIA_BYTES:
-            if media.size_bytes > limits.MOST_MEDIA_BYTES:
-                raise unsupported(f"the images take {media.size_bytes} bytes, {limits.MOST_MEDIA_BYTES} at most", param="messages")
-            raise of_runtime(Overloaded("the images of other requests take all memory that there is for them", 1))
+        check_media(requests[0], held_bytes=self._media_bytes, max_model_len=self.runtime.facts.get("max_model_len"))
         return self._generate(requests)
 
     async def _generate(self, requests: Sequence[Request]) -> AsyncGenerator[Delta]:

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from swift.data.template import ChatTemplate
-from swift.engine.base import Media
+from swift.engine.base import Media, Request
 from swift.engine.media import ImagePrompts
 from swift.errors import DataError
 from swift.serve import limits
-from swift.serve.errors import ApiError, unsupported
+from swift.serve.errors import ApiError, of_runtime, unsupported
 from swift.serve.protocol import ImagePart, ImageUrl, Message, UserMessage
+from swift.serve.runtime import Overloaded
 
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/jpg": "JPEG", "image/webp": "WEBP", "image/gif": "GIF"}
 # What Pillow raises for files that are broken; it has no error of its own for it.
@@ -32,6 +33,20 @@ def images_of(messages: Sequence[Message]) -> list[tuple[str, ImageUrl]]:
         for index, part in enumerate(message.content)
         if isinstance(part, ImagePart)
     ]
+
+
+def check_media(request: Request, *, held_bytes: int, max_model_len: int | None) -> None:
+    """Before images are handed to the engine: whether there is memory for them beside ``held_bytes``, and any use. Raises ApiError."""
+    if request.media is None:
+        return
+    size, length = request.media.size_bytes, len(request.prompt)
+    if max_model_len is not None and length >= max_model_len:
+        message = f"the prompt has {length} tokens, {len(request.media.places)} of them of images, the model's context {max_model_len}"
+        raise ApiError(400, message, param="messages", code="context_length_exceeded")
+    if size > limits.MOST_MEDIA_BYTES:
+        raise unsupported(f"the images take {size} bytes, {limits.MOST_MEDIA_BYTES} at most", param="messages")
+    if held_bytes + size > limits.MOST_MEDIA_BYTES:
+        raise of_runtime(Overloaded("images of other requests take the memory that there is for them", 1))
 
 
 class Pictures:

@@ -1,6 +1,9 @@
 """Prompts with images: the engines beside the model's own generate on what its own processor made."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from swift.data.template import ChatTemplate
 from swift.engine.answers import answers
@@ -131,6 +134,32 @@ def test_images_that_the_tokens_do_not_stand_for_end_their_own_answer_alone(fold
     assert [tokens] == wanted(folder, (TEXT,))
     assert engine.is_idle
     assert run_of(engine, image) == wanted(folder, (picture(0), TEXT))[0]
+
+
+@pytest.mark.parametrize("targets", [r".*(language_model|text_model).*\.(q_proj|down_proj)", "all-linear"], ids=["decoder", "all"])
+def test_an_adapter_beside_the_model_is_for_its_decoder(folder, loaded, tmp_path, targets):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model = get_peft_model(load_model(folder, processor=loaded.processor).model, LoraConfig(r=4, target_modules=targets))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    merged = PeftModel.from_pretrained(load_model(folder, processor=loaded.processor).model, tmp_path / "adapter").merge_and_unload()
+    plain, image, text = requests(loaded, (picture(0), TEXT), (picture(0), TEXT), (TEXT,))
+    alone = NativeEngine(replace(loaded, model=merged), NativeOptions())
+    engine = NativeEngine(load_model(folder, processor=loaded.processor), NativeOptions(block_size=4))
+    engine.load_adapter("a", tmp_path / "adapter")
+    texts = [plain, replace(text, adapter="a")]
+    if targets == "all-linear":
+        with pytest.raises(DataError, match="how images are seen"):
+            engine.add(replace(image, adapter="a"))
+        assert [answer.token_ids for answer in answers(engine, texts)] == [*wanted(folder, (picture(0), TEXT)), run_of(alone, text)]
+        return
+    found = [answer.token_ids for answer in answers(engine, [*texts, replace(image, adapter="a")])]
+    assert found == [*wanted(folder, (picture(0), TEXT)), run_of(alone, text), run_of(alone, image)]
+    assert found[0] != found[2]
 
 
 def test_a_model_of_texts_refuses_an_image(tiny_model, loaded):

@@ -115,6 +115,8 @@ class NativeEngine:
         media = request.media
         if media is not None and self.runner.vision is None:
             raise DataError("the model reads text only: there is an image in the prompt")
+        if media is not None and request.adapter is not None and not self.runner.vision.takes(self.runner.adapters.layers(request.adapter)):
+            raise DataError(f"the adapter {request.adapter!r} changes how images are seen", hint="merge it: swift merge-lora")
         if not request.prompt:
             raise DataError("the prompt has no tokens")
         if room < 1:

@@ -53,6 +53,8 @@ class Runner:
         counts: list[int] = []
         pieces = []
         spans = []
+        if self.vision is not None:
+            self.adapters.use([], self.device)  # images are seen without one
         for part in step.parts:
             sequence, begin = part.sequence, len(tokens)
             spans.append((sequence.adapter, begin, begin + part.num_tokens))

@@ -5,6 +5,7 @@ decoder. It is run up to there and no further; the decoder's part is done here, 
 """
 
 import secrets
+from collections.abc import Iterable
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,12 @@ class Vision:
         self.embedding = model.get_input_embeddings()
         self.has_shifts = True  # until a trial has shown that places are positions
         self._merged: WeakKeyDictionary[Sequence, Merged] = WeakKeyDictionary()
+
+    def takes(self, layers: Iterable[str]) -> bool:
+        """Whether an adapter that changes ``layers`` leaves alone what comes before the decoder, which sees no rows of a pass."""
+        decoder = self.model.get_decoder()
+        own = next(name for name, module in self.model.named_modules() if module is decoder) + "."
+        return all(layer.startswith(own) for layer in layers)
 
     def shift(self, part: Part) -> int:
         """What is added to the places of ``part`` to make positions; the model sees the images if the part needs them."""
