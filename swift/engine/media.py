@@ -8,8 +8,11 @@ import numpy
 import torch
 from torch import Tensor
 
+from swift.data.records import Message
+from swift.data.render import render_prompt
 from swift.data.template import MARK, ChatTemplate
 from swift.engine.base import Media
+from swift.engine.source import Source
 from swift.errors import DataError
 
 TEXT_INPUTS = ("input_ids", "attention_mask")
@@ -55,6 +58,16 @@ class ImagePrompts:
             raise DataError(f"the model's processor does not take the images: {str(problem).strip() or type(problem).__name__}") from None
         places = tuple(place for place, token in enumerate(ids) if token == self.token_id)
         return ids, Media(inputs=inputs, places=places, digest=_digest(inputs, len(ids)))
+
+
+def text_prompt(source: Source, messages: Sequence[Message], tools: Any = None, *, use_chat_template: bool) -> list[int]:
+    """Token ids of ``messages`` without images; of a model that reads them, as a prompt with some would be."""
+    thinking = source.config.enable_thinking
+    if source.processor is None or not use_chat_template:
+        return render_prompt(messages, source.tokenizer, tools, enable_thinking=thinking, use_chat_template=use_chat_template)
+    template = ChatTemplate(source.tokenizer, enable_thinking=thinking)
+    text = template.text([message.for_template() for message in messages], tools, prompt=True)
+    return list(ImagePrompts(source.processor, None).to_ids(text))
 
 
 def image_inputs(model: Any, media: Media | None) -> dict[str, Tensor]:

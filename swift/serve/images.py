@@ -1,25 +1,17 @@
 """Images in messages: data URLs to pictures. Nothing is fetched, and no file of this machine is read."""
 
-import base64
-import binascii
-import io
-import struct
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 from swift.data.template import ChatTemplate
 from swift.engine.base import Media, Request
 from swift.engine.media import ImagePrompts
+from swift.engine.pictures import of_url
 from swift.errors import DataError
 from swift.serve import limits
 from swift.serve.errors import ApiError, of_runtime, unsupported
 from swift.serve.protocol import ImagePart, ImageUrl, Message, UserMessage
 from swift.serve.runtime import Overloaded
-
-FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/jpg": "JPEG", "image/webp": "WEBP", "image/gif": "GIF"}
-# What Pillow raises for files that are broken; it has no error of its own for it.
-BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError, ValueError)
 
 Listed = Sequence[tuple[str, ImageUrl]]
 
@@ -76,7 +68,7 @@ class Pictures:
     def _read(self, place: str, given: ImageUrl) -> Any:
         """The picture (PIL, RGB), upright and no larger than it may be."""
         try:
-            image = decoded(given.url)
+            image = of_url(given.url)
         except ValueError as problem:
             raise ApiError(400, str(problem), param=place, code="invalid_image") from None
         if given.detail == "low":
@@ -86,45 +78,3 @@ class Pictures:
             scale = (self.max_pixels / pixels) ** 0.5
             image = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
         return image
-
-
-def decoded(url: str) -> Any:
-    """The picture (PIL, RGB) in a data URL, turned as its camera says. ValueError says what is wrong with it."""
-    from PIL import Image, ImageOps
-
-    raw = _bytes_of(url)
-    broken = (*BROKEN, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
-    try:
-        image = Image.open(io.BytesIO(raw), formats=sorted(set(FORMATS.values())))
-        size, is_animated = image.size, getattr(image, "is_animated", False)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"the image has more than {limits.MOST_IMAGE_PIXELS} pixels, which are the most") from None
-    except broken:
-        raise ValueError("the image cannot be read: it is no PNG, JPEG, WebP or GIF") from None
-    if size[0] * size[1] > limits.MOST_IMAGE_PIXELS:
-        raise ValueError(f"the image has {size[0]} x {size[1]} pixels, {limits.MOST_IMAGE_PIXELS} at most")
-    if is_animated:
-        raise ValueError("the image is animated: send one of its pictures")
-    try:
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except broken:
-        raise ValueError("the image cannot be read: the file is damaged") from None
-
-
-def _bytes_of(url: str) -> bytes:
-    head, comma, data = url.partition(",")
-    scheme, colon, kind = head.partition(":")
-    if scheme.lower() != "data" or not colon:
-        what = f"an image is given as {scheme[:20]}:, which is not fetched" if colon else "an image is given by no URL"
-        raise ValueError(f"{what}: send the image itself, as data:image/png;base64,...")
-    media_type, *parameters = kind.lower().split(";")
-    if media_type not in FORMATS:
-        raise ValueError(f"images are PNG, JPEG, WebP or GIF, not {media_type[:40] or 'a text'}")
-    if not comma or parameters[-1:] != ["base64"]:
-        raise ValueError("a data URL of an image is data:image/png;base64, and what follows")
-    if len(data) * 3 // 4 > limits.MOST_IMAGE_BYTES + 2:
-        raise ValueError(f"the image has {len(data) * 3 // 4} bytes, {limits.MOST_IMAGE_BYTES} at most")
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
-        raise ValueError("the image is no valid base64") from None

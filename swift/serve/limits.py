@@ -20,8 +20,6 @@ GRAMMAR_TIMEOUT_S = 2.0  # for compiling it
 GRAMMAR_MEMORY_BYTES = 2**30
 
 MOST_IMAGES = 16  # of a request, unless --limit_mm_per_prompt says another number
-MOST_IMAGE_BYTES = 20 * 2**20  # of an image file
-MOST_IMAGE_PIXELS = 50_000_000  # of an image: 150 MB while it is read
 LOW_DETAIL_PIXELS = 512  # each way, of an image with "detail": "low"
 MOST_IMAGE_REQUESTS = 32  # with images that wait to be made ready, by one thread
 MOST_MEDIA_BYTES = 2**30  # of images that are ready, of all requests that are under way

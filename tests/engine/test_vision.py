@@ -1,10 +1,12 @@
 """Prompts with images: the engines beside the model's own generate on what its own processor made."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from swift.api import infer
 from swift.data.template import ChatTemplate
 from swift.engine.answers import answers
 from swift.engine.base import Media, Request, Sampling
@@ -136,30 +138,42 @@ def test_images_that_the_tokens_do_not_stand_for_end_their_own_answer_alone(fold
     assert run_of(engine, image) == wanted(folder, (picture(0), TEXT))[0]
 
 
-@pytest.mark.parametrize("targets", [r".*(language_model|text_model).*\.(q_proj|down_proj)", "all-linear"], ids=["decoder", "all"])
-def test_an_adapter_beside_the_model_is_for_its_decoder(folder, loaded, tmp_path, targets):
+def adapter(folder, path, targets):
+    """A random adapter of the layers that ``targets`` name, and the model with it in its weights."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    model = get_peft_model(load_model(folder, processor=loaded.processor).model, LoraConfig(r=4, target_modules=targets))
+    def plain():
+        return load_model(folder, processor=load_processor(folder)).model
+
+    model = get_peft_model(plain(), LoraConfig(r=4, target_modules=targets))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    merged = PeftModel.from_pretrained(load_model(folder, processor=loaded.processor).model, tmp_path / "adapter").merge_and_unload()
+    model.save_pretrained(path, save_embedding_layers=False)
+    return PeftModel.from_pretrained(plain(), path).merge_and_unload()
+
+
+def test_an_adapter_of_the_decoder_answers_about_images_beside_the_model(folder, loaded, tmp_path):
+    merged = adapter(folder, tmp_path, r".*(language_model|text_model).*\.(q_proj|down_proj)")
     plain, image, text = requests(loaded, (picture(0), TEXT), (picture(0), TEXT), (TEXT,))
+    engine = NativeEngine(loaded, NativeOptions(block_size=4))
+    engine.load_adapter("a", tmp_path)
+    found = [answer.token_ids for answer in answers(engine, [plain, replace(image, adapter="a"), replace(text, adapter="a")])]
     alone = NativeEngine(replace(loaded, model=merged), NativeOptions())
-    engine = NativeEngine(load_model(folder, processor=loaded.processor), NativeOptions(block_size=4))
-    engine.load_adapter("a", tmp_path / "adapter")
-    texts = [plain, replace(text, adapter="a")]
-    if targets == "all-linear":
-        with pytest.raises(DataError, match="how images are seen"):
-            engine.add(replace(image, adapter="a"))
-        assert [answer.token_ids for answer in answers(engine, texts)] == [*wanted(folder, (picture(0), TEXT)), run_of(alone, text)]
-        return
-    found = [answer.token_ids for answer in answers(engine, [*texts, replace(image, adapter="a")])]
-    assert found == [*wanted(folder, (picture(0), TEXT)), run_of(alone, text), run_of(alone, image)]
-    assert found[0] != found[2]
+    assert found == [*wanted(folder, (picture(0), TEXT)), run_of(alone, image), run_of(alone, text)]
+    assert found[0] != found[1]
+
+
+def test_an_adapter_that_changes_how_images_are_seen_answers_texts_alone(folder, loaded, tmp_path):
+    merged = adapter(folder, tmp_path, "all-linear")
+    plain, image, text = requests(loaded, (picture(0), TEXT), (picture(0), TEXT), (TEXT,))
+    engine = NativeEngine(loaded, NativeOptions(block_size=4))
+    engine.load_adapter("a", tmp_path)
+    with pytest.raises(DataError, match="how images are seen"):
+        engine.add(replace(image, adapter="a"))
+    found = [answer.token_ids for answer in answers(engine, [plain, replace(text, adapter="a")])]
+    assert found == [*wanted(folder, (picture(0), TEXT)), run_of(NativeEngine(replace(loaded, model=merged), NativeOptions()), text)]
 
 
 def test_a_model_of_texts_refuses_an_image(tiny_model, loaded):
@@ -186,3 +200,35 @@ def test_a_model_whose_layers_get_images_too_is_left_to_generate(tmp_path):
     with pytest.raises(ModelError, match="cannot show images"):
         NativeEngine(loaded, NativeOptions())
     assert run(TransformersEngine(loaded), *PROMPTS) == wanted(folder, *PROMPTS)
+
+
+def rows_file(path, *rows):
+    """A file of one message a row: a text, and images by their names."""
+    lines = [{"messages": [{"role": "user", "content": text}], **({"images": images} if images else {})} for text, images in rows]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"val_dataset": str(path), "result_path": str(path.with_name("out.jsonl"))}
+
+
+def test_infer_answers_rows_with_images_beside_the_data_file(folder, loaded, tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    files = rows_file(tmp_path / "rows.jsonl", (f"<image>{TEXT}", ["a.png"]), (TEXT, []))
+    found = infer(model=str(folder), max_new_tokens=10, temperature=0.0, **files)
+    engine = NativeEngine(loaded, NativeOptions())
+    free = replace(GREEDY, min_new_tokens=0)
+    asked = [replace(request, sampling=free) for request in requests(loaded, (picture(0), TEXT), (TEXT,))]
+    assert [row["response"] for row in found] == [answer.text for answer in answers(engine, asked)]
+    assert found[0]["images"] == [str(tmp_path / "a.png")] and "images" not in found[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("none.png", "No such file"), ("rows.jsonl", "no PNG"), ("https://example.org/a.png", "not fetched")]
+)
+def test_infer_names_the_row_whose_image_cannot_be_read(folder, tmp_path, name, message):
+    files = rows_file(tmp_path / "rows.jsonl", (f"<image>{TEXT}", [name]))
+    with pytest.raises(DataError, match=f"rows.jsonl:1: .*{message}"):
+        infer(model=str(folder), **files)
+
+
+def test_infer_refuses_a_row_with_images_for_a_model_of_texts(tiny_model, tmp_path):
+    with pytest.raises(DataError, match="text only"):
+        infer(model=str(tiny_model), **rows_file(tmp_path / "rows.jsonl", (f"<image>{TEXT}", ["a.png"])))
