@@ -1,19 +1,23 @@
 """Prompts with images: the engines beside the model's own generate on what its own processor made."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from swift.api import infer
+from swift.config.commands import InferConfig
+from swift.config.options import build
 from swift.data.template import ChatTemplate
 from swift.engine.answers import answers
 from swift.engine.base import Media, Request, Sampling
+from swift.engine.load import make_engine, source_of
 from swift.engine.media import ImagePrompts
 from swift.engine.native.engine import NativeEngine, NativeOptions
 from swift.engine.transformers import TransformersEngine
-from swift.errors import DataError, ModelError
+from swift.errors import DataError, DependencyError, ModelError
 from swift.model.load import load_model
 from swift.model.vision import load_processor, reads_images
 from tests.vision import MODELS, make_qwen3_vl, picture
@@ -207,6 +211,30 @@ def rows_file(path, *rows):
     lines = [{"messages": [{"role": "user", "content": text}], **({"images": images} if images else {})} for text, images in rows]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return {"val_dataset": str(path), "result_path": str(path.with_name("out.jsonl"))}
+
+
+def test_without_a_backend_that_is_named_the_engine_that_can_is_taken(tmp_path, capfd):
+    folder = make_qwen3_vl(tmp_path / "qwen3_vl")
+    options = {"model": str(folder), "val_dataset": "none.jsonl"}
+    engine = make_engine(source_of(build(InferConfig, ("argument", options))))
+    assert isinstance(engine, TransformersEngine)
+    assert capfd.readouterr().err.count("cannot show images to this model") == 1
+
+
+def test_a_missing_pillow_is_said_with_the_command_that_installs_it(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(DependencyError, match="pillow is not installed") as raised:
+        load_processor(folder)
+    assert raised.value.hint == "pip install 'swift-llm[vision]'"
+
+
+def test_texts_have_embeddings_beside_images(loaded):
+    engine = NativeEngine(loaded, NativeOptions())
+    (request,) = requests(loaded, (TEXT,))
+    found = torch.tensor(engine.embed([request.prompt])[0])
+    with torch.no_grad():
+        hidden = loaded.model.base_model(input_ids=torch.tensor([request.prompt])).last_hidden_state[0, -1]
+    torch.testing.assert_close(found, hidden / hidden.norm(), atol=1e-4, rtol=1e-4)
 
 
 def test_infer_answers_rows_with_images_beside_the_data_file(folder, loaded, tmp_path):
