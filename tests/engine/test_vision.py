@@ -128,7 +128,7 @@ def test_an_image_changes_the_answer(folder):
 
 def test_images_that_the_tokens_do_not_stand_for_end_their_own_answer_alone(folder, loaded):
     engine = NativeEngine(loaded, NativeOptions(block_size=4))
-    text, image = requests(loaded, (TEXT,), (picture(0), TEXT))
+    text, image = requests(loaded, (TEXT,), (TEXT, picture(0), TEXT))
     place = image.media.places[-1]
     short = Media(inputs=image.media.inputs, places=image.media.places[:-1], digest=image.media.digest)
     engine.add(text)
@@ -139,7 +139,7 @@ def test_images_that_the_tokens_do_not_stand_for_end_their_own_answer_alone(fold
     tokens = [token for delta in deltas if delta.id == text.id for token in delta.token_ids]
     assert [tokens] == wanted(folder, (TEXT,))
     assert engine.is_idle
-    assert run_of(engine, image) == wanted(folder, (picture(0), TEXT))[0]
+    assert run_of(engine, image) == wanted(folder, (TEXT, picture(0), TEXT))[0]
 
 
 def adapter(folder, path, targets):

@@ -7,7 +7,7 @@ decoder. It is run up to there and no further; the decoder's part is done here, 
 import secrets
 from collections.abc import Iterable
 from collections.abc import Sequence as List
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -34,7 +34,7 @@ class Merged:
     """A prompt as the decoder gets it: embeddings (T, D), positions (A, T) if it has others than 0 to T - 1.
 
     ``shift`` is added to the places of what follows. The embeddings are let go once they are in the cache. ``fault``: why the
-    model does not take the images; the embeddings are then none of its own.
+    model does not take the images; the embeddings are then those of the tokens alone.
     """
 
     embeds_TD: Tensor | None
@@ -84,9 +84,10 @@ class Vision:
         try:
             return self.merge(sequence.tokens[: sequence.num_prompt], sequence.media)
         except DataError as problem:  # others are in the pass, which goes on
-            sequence.salt = secrets.token_bytes(16)  # nobody finds what is computed of it
-            width = self.embedding.weight.shape[1]
-            return Merged(self.embedding.weight.new_zeros(sequence.num_prompt, width), None, 0, str(problem))
+            prompt, media = sequence.tokens[: sequence.num_prompt], sequence.media
+            sequence.named = named(prompt, replace(media, digest=secrets.token_bytes(16)))  # nobody finds what is computed of it
+            ids = torch.tensor(prompt, device=self.embedding.weight.device)
+            return Merged(self.embedding(ids), None, 0, str(problem))
 
     def inputs(self, parts: List[Part], ids: Tensor, positions: Tensor) -> dict[str, Tensor] | None:
         """What the decoder gets in place of ``ids`` and ``positions`` (1, T); None if no part of the pass has an image."""
