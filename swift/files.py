@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from swift.errors import MachineError
+from swift.errors import MachineError, SwiftError
 
 
 @contextlib.contextmanager
@@ -52,6 +52,8 @@ def explain_os_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as problem:
         raise machine_error(problem, path) from problem
+    except SwiftError:
+        raise  # it says already what happened
     except Exception as problem:
         # torch raises a RuntimeError over the system's error, safetensors an error class of its own with its text inside.
         below: BaseException | None = problem

@@ -2,6 +2,7 @@
 
 import ipaddress
 from dataclasses import dataclass
+from typing import Any
 
 from swift.config.generate import GenerateConfig
 from swift.config.model import ModelConfig, QuantConfig
@@ -23,6 +24,8 @@ class DeployConfig(GenerateConfig, QuantConfig, ModelConfig):
     adapter_root: str | None = opt(None, "folder below which adapters may be loaded while the server runs; without it none may")
     max_queue: int = opt(256, "requests that may wait; more get status 429", minimum=0)
     max_body_mib: float = opt(8.0, "largest body of a request, in MiB", minimum=0.001)
+    limit_mm_per_prompt: dict[str, Any] | None = opt(None, 'most images of a request, as a JSON object; {"image": 16} by default')
+    max_pixels: int | None = opt(None, "images of more pixels (width times height) are scaled down to so many", minimum=1)
     request_timeout_s: float = opt(600.0, "longest time of an answer, in seconds", minimum=1)
     engine_timeout_s: float = opt(120.0, "an engine that says nothing for so many seconds is started again", minimum=1)
     drain_timeout_s: float = opt(60.0, "seconds that requests under way get when the server is ended", minimum=0)
@@ -35,6 +38,9 @@ class DeployConfig(GenerateConfig, QuantConfig, ModelConfig):
     def check(self) -> None:
         super().check()
         self.refuse_without_effect(("stream", "stop_words", "num_beams"), "when serving: a request says it")
+        for name, count in (self.limit_mm_per_prompt or {}).items():
+            if name != "image" or not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise ConfigError(f"--limit_mm_per_prompt has {name}: {count}", hint='it takes a number of images: {"image": 4}')
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ConfigError("--ssl_keyfile and --ssl_certfile go together", hint="give both or neither")
         if not self.api_key and not is_loopback(self.host):

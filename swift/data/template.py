@@ -8,11 +8,14 @@ from swift.data import tools as tool_text
 from swift.errors import ConfigError, DataError, ModelError
 from swift.model.template import BUILT_IN
 
+MARK = "marker-of-a-text"
+
 
 class ChatTemplate:
     """A tokenizer with its template, or with ``chat_template``: a Jinja text or a built-in name.
 
-    ``ends`` are the special tokens that can end a turn. Raises DataError if there is no template at all and ConfigError
+    ``ends`` are the special tokens that can end a turn; ``texts_as_parts``: the template reads contents that are lists of parts
+    alone, which is tried. Raises DataError if there is no template at all and ConfigError
     if ``enable_thinking`` is given to a template that does not read it.
     """
 
@@ -32,6 +35,15 @@ class ChatTemplate:
             self.kwargs["enable_thinking"] = enable_thinking
         added = self.tokenizer.added_tokens_decoder.values()
         self.ends = tuple({*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)})
+        self.texts_as_parts = False
+        self.texts_as_parts = "image" in self.source and not self.shows(MARK, MARK)  # a loop over parts finds none in a text
+
+    def shows(self, content: Any, text: str) -> bool:
+        """Whether a message of this ``content`` is rendered with ``text`` in it."""
+        try:
+            return text in self.text([{"role": "user", "content": content}], prompt=True)
+        except (DataError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return False
 
     def _find(self, chat_template: str | None) -> str:
         if chat_template is not None:
@@ -89,6 +101,8 @@ class ChatTemplate:
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        if self.texts_as_parts:
+            messages = [_with_parts(message) for message in messages]
         if self.arguments_as_text:
             messages = [_with_argument_texts(message) for message in messages]
         try:
@@ -115,6 +129,11 @@ def text_tokenizer(tokenizer: Any) -> Any:
             hint="use a model with a tokenizer.json",
         )
     return inner
+
+
+def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _with_argument_texts(message: dict[str, Any]) -> dict[str, Any]:

@@ -45,14 +45,35 @@ class Sampling:
     max_model_len: int | None = None  # prompt and answer together, in tokens
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Media:
+    """The images of a prompt, as the model's processor has made them ready.
+
+    ``inputs`` are numpy arrays by the names that the model's forward pass has for them; ``places`` those of the prompt's
+    tokens that stand for images, in order; equal ``digest`` means equal images.
+    """
+
+    inputs: Mapping[str, Any]
+    places: tuple[int, ...]
+    digest: bytes
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(int(value.nbytes) for value in self.inputs.values())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """``prompt`` are token ids; ``adapter`` names one that the engine has loaded, None the model itself."""
+    """``prompt`` are token ids; ``adapter`` names one that the engine has loaded, None the model itself.
+
+    An engine that reads no images refuses a request with ``media``.
+    """
 
     id: str
     prompt: tuple[int, ...]
     sampling: Sampling
     adapter: str | None = None
+    media: Media | None = None
 
 
 @dataclass(frozen=True)

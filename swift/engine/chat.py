@@ -7,10 +7,10 @@ from typing import Any
 from swift import console
 from swift.config.commands import ChatConfig
 from swift.data.records import Message
-from swift.data.render import render_prompt
 from swift.engine.answers import pieces
 from swift.engine.base import Engine, Request
 from swift.engine.load import make_engine, sampling, source_of
+from swift.engine.media import text_prompt
 from swift.engine.source import Source
 from swift.errors import DataError
 from swift.model.template import read_system
@@ -48,9 +48,7 @@ def converse(source: Source, *, system: str | None) -> None:
             continue
         messages.append(Message(role="user", content=question))
         try:
-            prompt = render_prompt(
-                messages, source.tokenizer, enable_thinking=config.enable_thinking, use_chat_template=_has_template(source)
-            )
+            prompt = text_prompt(source, messages, use_chat_template=_has_template(source))
             answer = _speak(config, engine, prompt, number=len(messages))
         except DataError as problem:
             messages.pop()

@@ -13,12 +13,14 @@ from swift import console
 from swift.config.commands import InferConfig
 from swift.data.load import load_records
 from swift.data.records import Message, Record
-from swift.data.render import render_prompt
+from swift.data.template import ChatTemplate
 from swift.engine.answers import answers, pieces
-from swift.engine.base import Completion, Engine, Request
+from swift.engine.base import Completion, Engine, Media, Request
 from swift.engine.load import adapter_or_model_path, make_engine, sampling, source_of
+from swift.engine.media import ImagePrompts, text_prompt
+from swift.engine.pictures import of_row
 from swift.engine.source import Source
-from swift.errors import ConfigError
+from swift.errors import ConfigError, DataError
 from swift.files import explain_os_errors
 from swift.model.template import read_system
 
@@ -135,10 +137,15 @@ def _answer(source: Source, engine: Engine, records: list[Record], *, first: int
     The seed of each depends on its number, so that neither batches nor a stop between change anything.
     """
     config = source.config
-    requests = (
-        Request(id=str(number), prompt=_prompt(source, record), sampling=replace(sampling(config), seed=config.seed + number))
-        for number, record in enumerate(records, start=first)
-    )
+    reader = None
+    if source.processor is not None and source.tokenizer.chat_template:
+        reader = ImagePrompts(source.processor, ChatTemplate(source.tokenizer))
+
+    def asked(number: int, record: Record) -> Request:
+        prompt, media = _prompt(source, record, reader)
+        return Request(id=str(number), prompt=prompt, sampling=replace(sampling(config), seed=config.seed + number), media=media)
+
+    requests = (asked(number, record) for number, record in enumerate(records, start=first))
     if not config.stream or console.is_json():
         yield from answers(engine, requests)
         return
@@ -154,16 +161,24 @@ def _answer(source: Source, engine: Engine, records: list[Record], *, first: int
             yield end.value
 
 
-def _prompt(source: Source, record: Record) -> tuple[int, ...]:
+def _prompt(source: Source, record: Record, reader: ImagePrompts | None) -> tuple[tuple[int, ...], Media | None]:
+    """Token ids and images of a row. DataError if it has what the model does not read."""
     config = source.config
-    ids = render_prompt(
-        record.messages,
-        source.tokenizer,
-        tools=record.tools,
-        enable_thinking=config.enable_thinking,
-        use_chat_template=config.use_chat_template is not False,
-    )
-    return tuple(ids)
+    if record.videos or record.audios:
+        raise DataError(f"{record.source}: the row has videos or audios, which no engine reads")
+    if not record.images:
+        ids = text_prompt(source, record.messages, record.tools, use_chat_template=config.use_chat_template is not False)
+        return tuple(ids), None
+    if source.processor is None:
+        raise DataError(f"{record.source}: the row has images, the model reads text only")
+    if config.use_chat_template is False or reader is None or not reader.takes_images:
+        raise DataError(f"{record.source}: the row has images, which need a chat template that takes them")
+    template = ChatTemplate(source.tokenizer, enable_thinking=config.enable_thinking)
+    text = template.text([message.for_template() for message in record.messages], record.tools, prompt=True)
+    try:
+        return reader.ready(text, [of_row(image) for image in record.images])
+    except (DataError, ValueError) as problem:
+        raise DataError(f"{record.source}: {problem}") from None
 
 
 def as_result(record: Record, answer: Completion) -> dict[str, Any]:
@@ -175,5 +190,12 @@ def as_result(record: Record, answer: Completion) -> dict[str, Any]:
         "logprobs": None,
         "messages": [*messages, {"role": "assistant", "content": answer.text}],
         "finish_reason": answer.finish_reason,
+        **({"images": [_name_of(image) for image in record.images]} if record.images else {}),
         "source": record.source,
     }
+
+
+def _name_of(image: Any) -> str | None:
+    """The file or URL of an image; None for one that the row itself holds."""
+    found = image.get("path") if isinstance(image, dict) else image
+    return found if isinstance(found, str) else None

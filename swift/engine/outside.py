@@ -85,6 +85,8 @@ class Taker:
             raise DataError(f"the request {request.id} is under way")
         if request.adapter is not None and request.adapter not in self.adapters:
             raise DataError(f"no adapter {request.adapter!r} is loaded")
+        if request.media is not None:
+            raise DataError(f"images: not with --infer_backend {self.backend}", hint="--infer_backend native or transformers reads them")
         fresh = Sampling()
         unknown = [
             field.name

@@ -1,6 +1,6 @@
 """What an engine is made from: a model on disk and the options; weights in torch for those engines alone that compute with it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from swift.errors import ConfigError
 from swift.model.load import Loaded, Quantization, context_length, end_tokens, load_model, load_tokenizer
 from swift.model.template import read_template
+from swift.model.vision import load_processor, reads_images
 from swift.tuner.adapter import with_adapter
 
 
@@ -39,13 +40,14 @@ class Source:
             device=device,
             quantization=self.quantization,
             chat_template=read_template(self.config.chat_template),
+            processor=self.processor,
         )
         if self.adapter is None:
             return loaded
         model = with_adapter(loaded.model, self.adapter)
         if merge:
             model = model.merge_and_unload()
-        return Loaded(model, loaded.tokenizer, loaded.device, loaded.dtype, loaded.dtype_reason)
+        return replace(loaded, model=model)
 
     @property
     def is_loaded(self) -> bool:
@@ -53,9 +55,16 @@ class Source:
         return "loaded" in self.__dict__
 
     @cached_property
+    def processor(self) -> Any:
+        """The model's processor if it reads images, None otherwise."""
+        return load_processor(self.path, chat_template=read_template(self.config.chat_template)) if reads_images(self.path) else None
+
+    @cached_property
     def tokenizer(self) -> Any:
         if self.is_loaded:
             return self.loaded.tokenizer
+        if self.processor is not None:
+            return self.processor.tokenizer
         return load_tokenizer(self.path, chat_template=read_template(self.config.chat_template))
 
     @cached_property

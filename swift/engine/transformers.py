@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from swift.config.generate import GenerateConfig
-from swift.engine.base import Completion, Delta, FinishReason, Request, Sampling
+from swift.engine.base import Completion, Delta, FinishReason, Media, Request, Sampling
+from swift.engine.media import image_inputs
 from swift.engine.writer import Writer
 from swift.errors import DataError
 from swift.model.load import Loaded, end_tokens, pad_token_id
@@ -42,6 +43,8 @@ class TransformersEngine:
         ]
         if unknown:
             raise DataError(f"{', '.join(unknown)}: not with --infer_backend transformers", hint="--infer_backend native knows it")
+        if request.media is not None and self.loaded.processor is None:
+            raise DataError("the model reads text only: there is an image in the prompt")
         _settings(self.loaded.model, self.loaded.tokenizer, len(request.prompt), request.sampling)
         self._waiting.append(request)
 
@@ -62,7 +65,8 @@ class TransformersEngine:
             if not self._waiting:
                 return []
             first = _without_seed(self._waiting[0].sampling)
-            batch = [request for request in self._waiting if _without_seed(request.sampling) == first][: self.max_batch_size]
+            batch = [request for request in self._waiting if _without_seed(request.sampling) == first and request.media is None]
+            batch = batch[: self.max_batch_size] if self._waiting[0].media is None else self._waiting[:1]
             self._waiting = [request for request in self._waiting if request not in batch]
             self._under_way = {request.id for request in batch}
             self._deltas = self._of_batch(batch)
@@ -88,7 +92,7 @@ class TransformersEngine:
         if len(batch) == 1 and sampling.num_beams == 1:
             yield from _streamed(model, tokenizer, batch[0])
             return
-        answers = complete(model, tokenizer, [list(request.prompt) for request in batch], sampling)
+        answers = complete(model, tokenizer, [list(request.prompt) for request in batch], sampling, batch[0].media)
         for request, answer in zip(batch, answers, strict=True):
             reason: FinishReason = "stop" if answer.finish_reason == "stop" else "length"
             yield Delta(id=request.id, text=answer.text, token_ids=tuple(answer.token_ids), finish_reason=reason)
@@ -99,8 +103,8 @@ def make(loaded: Loaded, config: GenerateConfig) -> TransformersEngine:
     return TransformersEngine(loaded, max_batch_size=config.max_batch_size or 1)
 
 
-def complete(model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
-    """One answer for each prompt (token ids), generated together; prompts are padded on the left.
+def complete(model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling: Sampling, media: Media | None = None) -> list[Completion]:
+    """One answer for each prompt (token ids), generated together; prompts are padded on the left. ``media`` are of a single one.
 
     Raises DataError for a prompt that leaves no room for an answer.
     """
@@ -111,7 +115,7 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling:
     settings = _settings(model, tokenizer, width, sampling)
     stops = _stops_at(tokenizer, width, sampling.stop_words) if sampling.stop_words else None
     with torch.inference_mode():
-        output = model.generate(input_ids=input_ids, attention_mask=mask, stopping_criteria=stops, **settings)
+        output = model.generate(input_ids=input_ids, attention_mask=mask, stopping_criteria=stops, **settings, **image_inputs(model, media))
     return [_completion(tokenizer, row[width:].tolist(), settings, sampling) for row in output]
 
 
@@ -130,7 +134,7 @@ def _stops_at(tokenizer: Any, width: int, words: Sequence[str]) -> Any:
     return StoppingCriteriaList([HoldsWord()])
 
 
-def stream(model: Any, tokenizer: Any, prompt: Sequence[int], sampling: Sampling) -> Generator[int]:
+def stream(model: Any, tokenizer: Any, prompt: Sequence[int], sampling: Sampling, media: Media | None = None) -> Generator[int]:
     """The tokens that follow ``prompt``, one by one, an end token among them. Closing the iterator stops the generation."""
     from transformers import StoppingCriteria, StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
@@ -167,6 +171,7 @@ def stream(model: Any, tokenizer: Any, prompt: Sequence[int], sampling: Sampling
                     streamer=Streamer(),
                     stopping_criteria=StoppingCriteriaList([Closed()]),
                     **settings,
+                    **image_inputs(model, media),
                 )
         except BaseException as problem:  # raised again by the reader
             failure.append(problem)
@@ -188,7 +193,7 @@ def _streamed(model: Any, tokenizer: Any, request: Request) -> Generator[Delta]:
     sampling = request.sampling
     writer = Writer(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), sampling.stop_words)
     ends = set(end_tokens(model, tokenizer))
-    tokens = stream(model, tokenizer, request.prompt, sampling)
+    tokens = stream(model, tokenizer, request.prompt, sampling, request.media)
     stopped_by: int | str | None = None
     try:
         for token in tokens:

@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer from a snapshot."""
+"""Load a language model and its tokenizer, or its processor if it reads images too, from a snapshot."""
 
 import json
 from dataclasses import dataclass
@@ -24,13 +24,14 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model on its device, its tokenizer, and why it has the precision it has."""
+    """A model on its device, its tokenizer, and why it has the precision it has; its processor if it reads images."""
 
     model: Any
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
     dtype_reason: str
+    processor: Any = None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -71,7 +72,12 @@ def load_tokenizer(path: Path, *, chat_template: str | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as problem:
-        raise ModelError(f"{path}: the tokenizer cannot be loaded: {_first_line(problem)}") from problem
+        raise ModelError(f"{path}: the tokenizer cannot be loaded: {first_line(problem)}") from problem
+    return with_template(path, tokenizer, chat_template)
+
+
+def with_template(path: Path, tokenizer: Any, chat_template: str | None) -> Any:
+    """``tokenizer``, of the model in ``path``, with another chat template if one is given."""
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if tokenizer.eos_token_id is None:
@@ -99,40 +105,42 @@ def load_model(
     device: str | None = None,
     quantization: Quantization | None = None,
     chat_template: str | None = None,
+    processor: Any = None,
 ) -> Loaded:
-    """The model in ``path`` in evaluation mode on its device, with its tokenizer.
+    """The model in ``path`` in evaluation mode on its device, with its tokenizer; with a ``processor``, as one that reads images.
 
     Raises ModelError for a damaged or unknown model, MachineError for a device that is not there.
     """
     target = choose_device(device)
     dtype, reason = choose_dtype(torch_dtype, checkpoint_dtype(path), target)
-    tokenizer = load_tokenizer(path, chat_template=chat_template)
+    tokenizer = load_tokenizer(path, chat_template=chat_template) if processor is None else processor.tokenizer
     arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
     if attn_impl is not None:
         arguments["attn_implementation"] = attn_impl
     if quantization is not None:
         arguments["quantization_config"] = _bitsandbytes(quantization)
         arguments["device_map"] = {"": str(target)}
-    model = _from_pretrained(path, arguments)
+    model = _from_pretrained(path, arguments, reads_images=processor is not None)
     if quantization is None:
         model.to(target)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model only {rows} embeddings")
-    return Loaded(model.eval(), tokenizer, target, dtype, reason)
+    return Loaded(model.eval(), tokenizer, target, dtype, reason, processor)
 
 
-def _from_pretrained(path: Path, arguments: dict[str, Any]) -> Any:
+def _from_pretrained(path: Path, arguments: dict[str, Any], *, reads_images: bool) -> Any:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
+    kind: Any = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
+        loaded: Any = kind.from_pretrained(path, output_loading_info=True, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
         hint = "it is damaged or not supported by the installed transformers; load it there to see more (or use --debug)"
-        raise ModelError(f"{path}: the model cannot be loaded: {_first_line(problem)}", hint=hint) from problem
+        raise ModelError(f"{path}: the model cannot be loaded: {first_line(problem)}", hint=hint) from problem
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
@@ -156,6 +164,7 @@ def _bitsandbytes(quantization: Quantization) -> Any:
     )
 
 
-def _first_line(problem: BaseException) -> str:
+def first_line(problem: BaseException) -> str:
+    """What it says, without what follows."""
     text = str(problem).strip() or type(problem).__name__
     return text.splitlines()[0]

@@ -28,6 +28,7 @@ from swift.serve.errors import ApiError, of_runtime, unsupported
 from swift.serve.fields import SamplingFields
 from swift.serve.grammars import GrammarCheck
 from swift.serve.guard import Guard
+from swift.serve.images import check_media, images_of
 from swift.serve.metrics import Clock, Metrics
 from swift.serve.openapi import document
 from swift.serve.protocol import (
@@ -39,7 +40,7 @@ from swift.serve.protocol import (
     prompts_of,
 )
 from swift.serve.responses import ResponsesRequest
-from swift.serve.runtime import REASONS, Runtime
+from swift.serve.runtime import REASONS, Overloaded, Runtime
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -71,6 +72,9 @@ class Api:
         self.created = int(time.time())
         self.grammars = GrammarCheck()
         self._thread = ThreadPoolExecutor(1, "long-requests")  # one, so that many of them hold up each other alone
+        self._images = ThreadPoolExecutor(1, "images")
+        self._num_seeing = 0  # requests whose images are made ready, or wait for it
+        self._media_bytes = 0  # of images of requests under way
         self._num_tokens = len(self.tokenizer)
         self.token_text: Callable[[int], str] = lru_cache(maxsize=2**16)(lambda token: self.tokenizer.decode([token]))
 
@@ -95,7 +99,7 @@ class Api:
         asked, size = await read_body(http, ChatRequest)
         adapter = self._adapter(asked.model)
         self._check(asked, asked.n or 1)
-        made = await self._aside(size, lambda: self.renderer.ready(asked, adapter=adapter))
+        made = await self._aside(size, lambda: self.renderer.ready(asked, adapter=adapter), sees=bool(images_of(asked.messages)))
         deltas = await self._begin(made.requests)
         if not asked.stream:
             return _json(await self._until_gone(http, chat.whole(made, deltas, self.token_text)))
@@ -121,7 +125,7 @@ class Api:
         except ValueError as problem:
             raise unsupported(str(problem)) from None
         self._check(as_chat, 1)
-        made = await self._aside(size, lambda: self.renderer.ready(as_chat, adapter=adapter))
+        made = await self._aside(size, lambda: self.renderer.ready(as_chat, adapter=adapter), sees=bool(images_of(as_chat.messages)))
         writer, deltas = responses.Writer(asked, made), await self._begin(made.requests)
         if not asked.stream:
             return _json(await self._until_gone(http, responses.whole(writer, deltas)))
@@ -167,9 +171,9 @@ class Api:
                 return self.renderer.to_ids(asked.prompt, "prompt", add_special_tokens=asked.add_special_tokens is not False)
             assert asked.messages is not None
             opens = asked.add_generation_prompt is not False
-            return self.renderer.prompt(asked.messages, asked.tools, kwargs=asked.chat_template_kwargs, opens_answer=opens)
+            return self.renderer.prompt(asked.messages, asked.tools, kwargs=asked.chat_template_kwargs, opens_answer=opens)[0]
 
-        ids = await self._aside(size, tokenized)
+        ids = await self._aside(size, tokenized, sees=bool(images_of(asked.messages or ())))
         made: dict[str, Any] = {"tokens": list(ids), "count": len(ids), "max_model_len": self.runtime.facts.get("max_model_len")}
         if asked.return_token_strs:
             made["token_strs"] = self.tokenizer.convert_ids_to_tokens(list(ids))
@@ -224,11 +228,20 @@ class Api:
             "parent": self.models[0] if name in self.runtime.adapters else None,
         }
 
-    async def _aside(self, size: int, work: Callable[[], T]) -> T:
-        """The result of ``work``; in a thread if it is about a body of a ``size`` that may take seconds."""
-        if size < limits.LONG_BODY_BYTES:
+    async def _aside(self, size: int, work: Callable[[], T], *, sees: bool = False) -> T:
+        """The result of ``work``; in a thread if it is about a body of a ``size`` that may take seconds, or ``sees`` images."""
+        if size < limits.LONG_BODY_BYTES and not sees:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        loop = asyncio.get_running_loop()
+        if not sees:
+            return await loop.run_in_executor(self._thread, work)
+        if self._num_seeing >= limits.MOST_IMAGE_REQUESTS:
+            raise of_runtime(Overloaded(f"{self._num_seeing} requests with images wait", 1))
+        self._num_seeing += 1
+        try:
+            return await loop.run_in_executor(self._images, work)
+        finally:
+            self._num_seeing -= 1
 
     def _check(self, asked: SamplingFields | None, count: int) -> None:
         """Before the work of reading prompts: whether ``count`` more answers are possible now, and about tokens that exist."""
@@ -268,11 +281,14 @@ class Api:
         """The deltas of ``requests``, whose grammar was found harmless."""
         if (grammar := requests[0].sampling.grammar) is not None:
             await self.grammars.check(grammar)
+        check_media(requests[0], held_bytes=self._media_bytes, max_model_len=self.runtime.facts.get("max_model_len"))
         return self._generate(requests)
 
     async def _generate(self, requests: Sequence[Request]) -> AsyncGenerator[Delta]:
         """Deltas, timed and counted. Raises ApiError."""
         clock = Clock(self.metrics, len(requests[0].prompt))
+        media_bytes = 0 if requests[0].media is None else requests[0].media.size_bytes
+        self._media_bytes += media_bytes
         try:
             async with aclosing(self.runtime.generate(requests, self.request_timeout_s)) as deltas:
                 async for delta in deltas:
@@ -282,6 +298,8 @@ class Api:
                     yield delta
         except REASONS as problem:
             raise of_runtime(problem) from None
+        finally:
+            self._media_bytes -= media_bytes
 
     async def _begun(self, http: HttpRequest, deltas: AsyncGenerator[Delta]) -> AsyncGenerator[Delta]:
         """``deltas`` whose first one has come, so that what fails at once fails with its own status."""

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from swift.data.template import ChatTemplate
-from swift.engine.base import Delta, Logprob, Request, Sampling
+from swift.engine.base import Delta, Logprob, Media, Request, Sampling
 from swift.errors import ConfigError, DataError
 from swift.serve import limits
 from swift.serve.errors import unsupported
+from swift.serve.images import Pictures, images_of
 from swift.serve.protocol import (
     AssistantMessage,
     ChatRequest,
@@ -42,7 +43,15 @@ class Chat:
 class ChatRenderer:
     """Messages to prompts with the model's own template. What depends on the template alone is found once."""
 
-    def __init__(self, tokenizer: Any, *, chat_template: str | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat_template: str | None,
+        processor: Any = None,
+        max_images: int = limits.MOST_IMAGES,
+        max_pixels: int | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.template: ChatTemplate | None = None
@@ -51,6 +60,9 @@ class ChatRenderer:
             self.template = ChatTemplate(tokenizer, chat_template=chat_template)
         except DataError as problem:
             self.fault = str(problem)
+        self.pictures: Pictures | None = None
+        if processor is not None:
+            self.pictures = Pictures(processor, self.template, most=max_images, max_pixels=max_pixels)
         self.thought_tags = tags_of(self.template.source) if self.template else None
         self._tool_format: ToolFormat | None = None
 
@@ -62,10 +74,14 @@ class ChatRenderer:
         kwargs: dict[str, Any] | None = None,
         continues: bool = False,
         opens_answer: bool = True,
-    ) -> tuple[int, ...]:
-        """Token ids of ``messages`` up to where the answer begins, or, if it ``continues``, to where the last message ends."""
+    ) -> tuple[tuple[int, ...], Media | None]:
+        """Token ids and images of ``messages`` up to where the answer begins, or, if it ``continues``, to where the last one ends."""
         if self.template is None:
             raise unsupported(f"{self.fault}: use /v1/completions", param="messages")
+        if images := images_of(messages):
+            if self.pictures is None:
+                raise unsupported("the model reads text only: there is an image in the messages", param=images[0][0])
+            self.pictures.check(images)
         given, prefix = list(messages), ""
         if continues:
             prefix = _text(given.pop().content)
@@ -80,13 +96,19 @@ class ChatRenderer:
         except (ArithmeticError, AttributeError, LookupError, RecursionError, ValueError) as problem:
             message = f"the chat template cannot render the messages: {type(problem).__name__}"
             raise unsupported(message, param="messages") from None
-        return self.to_ids(text, "messages", add_special_tokens=False)
+        if self.pictures is None:
+            return self.to_ids(text, "messages", add_special_tokens=False), None
+        self._check_length(text, "messages")
+        return self.pictures.ready(text, images) if images else (self.pictures.prompts.to_ids(text), None)
 
     def to_ids(self, text: str, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Token ids of ``text``. Raises ApiError if it is so long that finding them would take too much memory."""
+        self._check_length(text, param)
+        return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+
+    def _check_length(self, text: str, param: str) -> None:
         if len(text) > limits.MOST_CHARACTERS:
             raise unsupported(f"the text has {len(text)} characters, {limits.MOST_CHARACTERS} at most", param=param)
-        return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
     def tool_format(self) -> ToolFormat:
         """How the model writes calls."""
@@ -107,7 +129,7 @@ class ChatRenderer:
             kwargs["reasoning_effort"] = request.reasoning_effort
         tools = request.tools if request.tool_choice != "none" else None
         continues = bool(request.continue_final_message)
-        prompt = self.prompt(request.messages, tools, kwargs=kwargs, continues=continues)
+        prompt, media = self.prompt(request.messages, tools, kwargs=kwargs, continues=continues)
         form = self.tool_format() if tools else None
         grammar = request.answer_grammar()
         if form is not None and request.forces_call:
@@ -131,15 +153,17 @@ class ChatRenderer:
                 thoughts, ToolReader(form, names) if form is not None else None, several=request.parallel_tool_calls is not False
             )
 
-        return Chat(id, request.model, requests_of(id, prompt, sampling, request.n or 1, adapter), make_reader)
+        return Chat(id, request.model, requests_of(id, prompt, sampling, request.n or 1, adapter, media), make_reader)
 
 
-def requests_of(id: str, prompt: tuple[int, ...], sampling: Sampling, count: int, adapter: str | None) -> tuple[Request, ...]:
+def requests_of(
+    id: str, prompt: tuple[int, ...], sampling: Sampling, count: int, adapter: str | None, media: Media | None = None
+) -> tuple[Request, ...]:
     """One request for each of ``count`` answers; with a seed each has its own."""
     made = []
     for index in range(count):
         seed = None if sampling.seed is None else sampling.seed + index
-        made.append(Request(id=f"{id}:{index}", prompt=prompt, sampling=replace(sampling, seed=seed), adapter=adapter))
+        made.append(Request(id=f"{id}:{index}", prompt=prompt, sampling=replace(sampling, seed=seed), adapter=adapter, media=media))
     return tuple(made)
 
 
@@ -320,7 +344,7 @@ def as_dict(message: Message) -> dict[str, Any]:
         made = {"role": "tool", "content": _text(message.content), "tool_call_id": message.tool_call_id}
     else:
         role = "system" if isinstance(message, DeveloperMessage) else str(message.__struct_config__.tag)
-        made = {"role": role, "content": _text(message.content)}
+        made = {"role": role, "content": _content(message.content)}
     if message.name is not None:
         made["name"] = message.name
     return made
@@ -333,12 +357,16 @@ def _arguments(text: str) -> Any:
         return text
 
 
+def _content(content: Any) -> Any:
+    """A text, or parts if there are images among them."""
+    if isinstance(content, str) or not any(isinstance(part, ImagePart) for part in content):
+        return _text(content)
+    return [{"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text} for part in content]
+
+
 def _text(content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
-    for part in content:
-        if isinstance(part, ImagePart):
-            raise unsupported("the model reads text only: there is an image in the messages", param="messages")
     return "".join(
         part.text if isinstance(part, TextPart | OnlyPart) else part.refusal
         for part in content

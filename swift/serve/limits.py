@@ -18,3 +18,8 @@ MOST_EMBEDDED_TOKENS = 2048  # of the texts that the engine embeds between two s
 MOST_GRAMMAR_BYTES = 2**18
 GRAMMAR_TIMEOUT_S = 2.0  # for compiling it
 GRAMMAR_MEMORY_BYTES = 2**30
+
+MOST_IMAGES = 16  # of a request, unless --limit_mm_per_prompt says another number
+LOW_DETAIL_PIXELS = 512  # each way, of an image with "detail": "low"
+MOST_IMAGE_REQUESTS = 32  # with images that wait to be made ready, by one thread
+MOST_MEDIA_BYTES = 2**30  # of images that are ready, of all requests that are under way

@@ -170,7 +170,7 @@ def _add(messages: list[dict[str, Any]], item: Item) -> None:
         content: Any = item.content
         if not isinstance(content, str):
             content = [
-                {"type": "image_url", "image_url": {"url": part.image_url}}
+                {"type": "image_url", "image_url": {"url": part.image_url, "detail": part.detail}}
                 if isinstance(part, InputImage)
                 else {"type": "text", "text": part.text}
                 for part in content

@@ -16,6 +16,8 @@ from swift.files import explain_os_errors
 from swift.model.checkpoints import named_adapters
 from swift.model.load import load_tokenizer
 from swift.model.template import read_template
+from swift.model.vision import load_processor, reads_images
+from swift.serve import limits
 
 
 def run_deploy(config: DeployConfig) -> None:
@@ -31,7 +33,14 @@ def run_deploy(config: DeployConfig) -> None:
     reference = base_reference(config)
     snapshot = hub.resolve(reference, config.model_revision, use_hf=config.use_hf, token=config.hub_token, offline=config.offline)
     chat_template = read_template(config.chat_template)
-    renderer = ChatRenderer(load_tokenizer(snapshot.path, chat_template=chat_template), chat_template=None)
+    processor = load_processor(snapshot.path, chat_template=chat_template) if reads_images(snapshot.path) else None
+    renderer = ChatRenderer(
+        load_tokenizer(snapshot.path, chat_template=chat_template) if processor is None else processor.tokenizer,
+        chat_template=None,
+        processor=processor,
+        max_images=(config.limit_mm_per_prompt or {}).get("image", limits.MOST_IMAGES),
+        max_pixels=config.max_pixels,
+    )
     runtime = Runtime(
         config, adapters=adapters, max_requests=(config.max_batch_size or 64) + config.max_queue, hang_s=config.engine_timeout_s
     )

@@ -6,6 +6,7 @@ import threading
 import pytest
 from openai import APIStatusError, NotFoundError, OpenAI
 
+IMAGE = "messages[0].content[0].image_url"
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Is it snowing?"}], "max_tokens": 8, "temperature": 0}
 
 
@@ -193,7 +194,7 @@ def test_tokens_and_text_are_each_others_inverse(server):
         ({"logit_bias": {"snow": 1}}, "logit_bias", "regex"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "does not read it"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 7}}}}, None, "cannot be read"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]}, "messages", "image"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]}, IMAGE, "text only"),
         ({"max_tokens": 5, "messages": [{"role": "user", "content": "snow " * 5000}]}, None, "context 2048"),
     ],
 )

@@ -105,6 +105,10 @@ class Adapters:
     def salt(self, name: str) -> bytes:
         return self._loaded[name].salt
 
+    def layers(self, name: str) -> tuple[str, ...]:
+        """Names of the layers that the adapter changes."""
+        return tuple(self._loaded[name].layers)
+
     def load(self, name: str, path: Path) -> None:
         """The adapter in ``path``, as PEFT saves it. CheckpointError if it is none of the kind, or does not fit the model."""
         if name in self._loaded:

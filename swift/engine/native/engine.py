@@ -22,6 +22,7 @@ from swift.engine.native.pages import PagedCache
 from swift.engine.native.runner import Runner, paging_fault
 from swift.engine.native.sampler import Chooser, choose, logprobs
 from swift.engine.native.scheduler import Part, Scheduler, Sequence
+from swift.engine.native.vision import Vision, named, try_vision
 from swift.engine.writer import Writer
 from swift.errors import ConfigError, DataError, MachineError, ModelError
 from swift.model.load import Loaded, end_tokens
@@ -69,12 +70,18 @@ class NativeEngine:
         model = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
         if (fault := paging_fault(model)) is not None:
             raise ModelError(f"the native engine cannot run this model: {fault}", hint="--infer_backend transformers")
+        vision: Vision | None = None
+        if loaded.processor is not None:
+            vision, fault = try_vision(model, loaded.processor)
+            if fault is not None:
+                raise ModelError(f"the native engine cannot show images to this model: {fault}", hint="--infer_backend transformers")
         self.loaded = loaded
         self.options = options
         self.max_model_len = min(_context(model), options.max_model_len or 2**62)
         self._generation_config = model.generation_config
         self._ends = tuple(end_tokens(model, loaded.tokenizer))
         runner = Runner(model, PagedCache(0, options.block_size), options.weights)
+        runner.vision = vision
         size = runner.bytes_per_token() * options.block_size
         most = -(-options.max_num_seqs * min(self.max_model_len, 2**31) // options.block_size)
         num_blocks = min(options.kv_cache_bytes // size, most)
@@ -105,6 +112,11 @@ class NativeEngine:
         cached = self.scheduler.blocks.num_blocks * self.options.block_size
         limit = min(self.max_model_len, sampling.max_model_len or self.max_model_len, cached)
         room = min(sampling.max_new_tokens, limit - length)
+        media = request.media
+        if media is not None and self.runner.vision is None:
+            raise DataError("the model reads text only: there is an image in the prompt")
+        if media is not None and request.adapter is not None and not self.runner.vision.takes(self.runner.adapters.layers(request.adapter)):
+            raise DataError(f"the adapter {request.adapter!r} changes how images are seen", hint="merge it: swift merge-lora")
         if not request.prompt:
             raise DataError("the prompt has no tokens")
         if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocabulary:
@@ -113,7 +125,13 @@ class NativeEngine:
             raise DataError(f"the prompt has {length} tokens, the model's context {limit}", hint="shorten it")
         salt = ROOT if request.adapter is None else self.runner.adapters.salt(request.adapter)
         sequence = Sequence(
-            request.id, list(request.prompt), adapter=request.adapter, salt=salt, reads_cache=sampling.prompt_logprobs is None
+            request.id,
+            list(request.prompt),
+            adapter=request.adapter,
+            salt=salt,
+            reads_cache=sampling.prompt_logprobs is None,
+            media=media,
+            named=() if media is None else named(request.prompt, media),
         )
         ends = () if sampling.ignore_eos else self._ends
         chooser = Chooser(
@@ -156,7 +174,10 @@ class NativeEngine:
         self.scheduler.computed(step, [tokens for tokens, _ in chosen])
         deltas = []
         for part, (tokens, values) in zip(step.parts, chosen, strict=True):
-            if tokens:
+            if part.sequence.media is not None and (fault := self.runner.vision.fault(part.sequence)) is not None:
+                deltas.append(Delta(id=part.sequence.id, finish_reason="abort", stopped_by=fault))
+                self.abort(part.sequence.id)
+            elif tokens:
                 deltas.append(self._progress(self._answers[part.sequence.id], tokens, values))
         return deltas
 

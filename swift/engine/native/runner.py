@@ -34,6 +34,7 @@ class Runner:
         self.program: Program | None = None
         self.why_no_program = "torch's kernels compute"
         self._kernel: Any = None
+        self.vision: Any = None  # of a model that reads images
         if weights is not None:
             self._pack(model, weights)
 
@@ -56,33 +57,40 @@ class Runner:
         counts: list[int] = []
         pieces = []
         spans = []
+        if self.vision is not None:
+            self.adapters.use([], self.device)  # images are seen without one
         for part in step.parts:
             sequence, begin = part.sequence, len(tokens)
             spans.append((sequence.adapter, begin, begin + part.num_tokens))
             pieces.append(Piece(begin, part.num_tokens, part.end + part.num_draft, tuple(sequence.blocks)))
             tokens += sequence.tokens[part.begin : part.end]
             tokens += sequence.draft[: part.num_draft]
-            positions += range(part.begin, part.end + part.num_draft)
+            shift = 0 if self.vision is None else self.vision.shift(part)
+            positions += range(part.begin + shift, part.end + part.num_draft + shift)
             first = _first_wanted(part)
             counts.append(part.num_tokens - first)
             wanted += range(begin + first, begin + part.num_tokens)
         self.adapters.use(spans, self.device)
         pages = Pages(self.cache, pieces, self.device, self._kernel)
         rows_K = torch.tensor(wanted, dtype=torch.int64, device=self.device)
-        updates = None if self.program is None else self.adapters.updates(self.program.linears)
+        ids, places = torch.tensor([tokens]), torch.tensor([positions])
+        images = None if self.vision is None else self.vision.inputs(step.parts, ids, places)
+        updates = None if self.program is None or images is not None else self.adapters.updates(self.program.linears)
         if self.program is not None and updates is not None:
-            hidden_TD = self.program.run(torch.tensor(tokens), torch.tensor(positions), pages, updates)
+            hidden_TD = self.program.run(ids[0], places[0], pages, updates)
             logits_KV = self.policy.logits_of(hidden_TD.index_select(0, rows_K))
         else:
-            logits_KV = self._logits(torch.tensor([tokens]), torch.tensor([positions]), pages, rows_K).float()
+            logits_KV = self._logits(ids, places, pages, rows_K, images)
+        logits_KV = logits_KV.float()
         parts = logits_KV.split(counts)
         return [part if len(part) else None for part in parts]
 
-    def _logits(self, ids: Tensor, positions: Tensor, pages: Pages, rows_K: Tensor) -> Tensor:
+    def _logits(self, ids: Tensor, positions: Tensor, pages: Pages, rows_K: Tensor, images: dict[str, Tensor] | None = None) -> Tensor:
+        """``images``: embeddings and positions of a pass with images, which stand for ``ids`` and ``positions``."""
         mask = torch.zeros(NO_MASK_SHAPE, dtype=torch.bool, device=self.device)
-        return self.policy.logits(
-            rows_K, input_ids=ids.to(self.device), position_ids=positions.to(self.device), attention_mask=mask, attend=pages
-        )
+        inputs = {"input_ids": ids, "position_ids": positions} if images is None else images
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        return self.policy.logits(rows_K, **inputs, attention_mask=mask, attend=pages)
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:

@@ -8,6 +8,7 @@ row. There are no phases.
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from swift.engine.native.blocks import ROOT, Blocks, Found, common
 
@@ -28,9 +29,16 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)  # of the sealed ones among ``blocks``, which come first
     num_preempted: int = 0
+    media: Any = None  # images of the prompt
+    named: tuple[int, ...] = ()  # the prompt with numbers that stand for its images, by which blocks are known
 
     def __post_init__(self) -> None:
         self.num_prompt = self.num_prompt or len(self.tokens)
+
+    @property
+    def names(self) -> list[int]:
+        """What tokens are known by in the cache: an image's are known by the image."""
+        return [*self.named, *self.tokens[len(self.named) :]] if self.named else self.tokens
 
     @property
     def num_missing(self) -> int:
@@ -168,7 +176,7 @@ class Scheduler:
         return count + num_draft - freed
 
     def _find(self, sequence: Sequence) -> Found:
-        return self.blocks.find(sequence.tokens, sequence.salt) if sequence.reads_cache and self.shares_prefixes else Found()
+        return self.blocks.find(sequence.names, sequence.salt) if sequence.reads_cache and self.shares_prefixes else Found()
 
     def _is_being_computed(self, sequence: Sequence, found: Found) -> bool:
         """Whether a running sequence is about to compute more of this one's beginning than was found: then waiting is less work."""
@@ -176,10 +184,11 @@ class Scheduler:
             return False
         known = len(found.blocks) * self.blocks.block_size
         most = len(sequence.tokens) - 1
+        names = sequence.names[:most]
         return any(
             other.salt == sequence.salt
             and other.num_computed < other.num_prompt
-            and common(sequence.tokens[:most], other.tokens) - known >= self.blocks.block_size
+            and common(names, other.names) - known >= self.blocks.block_size
             for other in self.running
         )
 
@@ -248,7 +257,7 @@ class Scheduler:
         while (len(sequence.digests) + 1) * size <= sequence.num_computed:
             index = len(sequence.digests)
             before = sequence.digests[-1] if sequence.digests else sequence.salt
-            name, block = self.blocks.seal(sequence.blocks[index], before, sequence.tokens[index * size : (index + 1) * size])
+            name, block = self.blocks.seal(sequence.blocks[index], before, sequence.names[index * size : (index + 1) * size])
             sequence.digests.append(name)
             sequence.blocks[index] = block
 
