@@ -22,7 +22,7 @@ class _Gathered:
         self.logprobs += delta.logprobs
         if delta.finish_reason is not None:
             ids = self.token_ids[:-1] if isinstance(delta.stopped_by, int) and delta.token_ids else self.token_ids
-            self.completion = Completion("".join(self.texts), ids, delta.finish_reason, tuple(self.logprobs[: len(ids)]))
+            self.completion = Completion("".join(self.texts), ids, delta.finish_reason, tuple(self.logprobs))
 
 
 def answers(engine: Engine, requests: Iterable[Request]) -> Iterator[Completion]:

@@ -104,7 +104,10 @@ class Delta:
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer: its text without special tokens, its tokens without the one that ended it, and why it ended."""
+    """An answer: its text without special tokens, its tokens without the one that ended it, and why it ended.
+
+    ``logprobs``, if they were wanted, are of all tokens that were chosen, the one that ended it among them.
+    """
 
     text: str
     token_ids: list[int]

@@ -62,6 +62,7 @@ def sampling(config: GenerateConfig) -> Sampling:
         repetition_penalty=config.repetition_penalty,
         num_beams=config.num_beams,
         stop_words=tuple(config.stop_words),
+        logprobs=(config.top_logprobs or 0) if config.logprobs else None,
         max_model_len=config.max_model_len,
     )
 

@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from swift.config.generate import MOST_LOGPROBS
 from swift.engine.base import Grammar
 from swift.serve import limits
 from swift.serve.fields import (
-    MOST_LOGPROBS,
     AtLeastOne,
     Count,
     Label,
