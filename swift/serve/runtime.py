@@ -37,7 +37,7 @@ class NotTaken(Exception):
 
 
 class Faulty(Exception):
-    """The engine does not take the request, for a reason of the engine's."""
+    """The engine does not take or go on with the request, for a reason of the engine's."""
 
 
 class TimedOut(Exception):

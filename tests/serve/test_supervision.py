@@ -122,3 +122,23 @@ def test_the_engine_ends_with_its_server(server):
     while is_alive(engine):
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_what_another_server_refuses_or_loses_is_told_to_its_request_alone(start, server, tiny_model):
+    server.wait()
+    options = ("--infer_backend", "remote", "--remote_url", f"{server.url}/v1", "--served_model_name", "tiny")
+    before = start(tiny_model, *options).wait()
+    refused = {**CHAT, "structured_outputs": {"regex": "("}}
+    status, body = before.post("/v1/chat/completions", refused)
+    assert (status, body["error"]["code"]) == (400, "unsupported_value")
+    assert "cannot be read" in body["error"]["message"]
+    threads, found = asked(before)
+    server.until(lambda: server.get("/health")[1]["requests"] == 3)
+    os.kill(server.engine, signal.SIGKILL)
+    for thread in threads:
+        thread.join()
+    assert [(status, body["error"]["code"]) for status, body in found] == [(500, "engine_error")] * 3
+    server.wait()
+    assert before.post("/v1/chat/completions", CHAT)[0] == 200
+    assert before.get("/health")[1]["restarts"] == 0
+    before.end()
