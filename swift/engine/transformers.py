@@ -14,6 +14,7 @@ from swift.engine.base import Completion, Delta, Media, Request, Sampling
 from swift.engine.growing import Growing, check_request, decoder, refuse_unknown, room_after
 from swift.engine.media import image_inputs
 from swift.engine.writer import Writer
+from swift.errors import DataError
 from swift.model.load import Loaded, end_tokens, pad_token_id
 
 # What ``generate`` can be told for each request.
