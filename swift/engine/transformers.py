@@ -15,7 +15,8 @@ from swift.engine.growing import Growing, check_request, decoder, refuse_unknown
 from swift.engine.media import image_inputs
 from swift.engine.writer import Writer
 from swift.errors import DataError
-from swift.model.load import Loaded, end_tokens, pad_token_id
+from swift.model.load import Loaded, end_tokens
+from swift.model.tokenizer import pad_token_id
 
 # What ``generate`` can be told for each request.
 KNOWN = frozenset(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.engine.base import Delta, Request
-from swift.errors import ConfigError, DataError, SwiftError
+from swift.errors import ConfigError, DataError, SwiftError, first_line
 
 TAKING_S = 0.05  # of new requests, before those under way get a step
 
@@ -106,8 +106,11 @@ def work(connection: Connection, config: Any, adapters: Mapping[str, Path]) -> N
     except SwiftError as problem:
         connection.send(Failed(_line(problem)))
         return
-    connection.send(Ready(facts))
+    except Exception as problem:
+        connection.send(Failed(f"{type(problem).__name__}: {first_line(problem)}"))
+        raise
     try:
+        connection.send(Ready(facts))
         _serve(connection, engine)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the server is gone

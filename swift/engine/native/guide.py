@@ -10,7 +10,7 @@ from torch import Tensor
 from swift import deps
 from swift.engine.base import Grammar
 from swift.engine.native.grammar import library_text
-from swift.errors import DataError
+from swift.errors import DataError, first_line
 
 KEPT = 64  # grammars of earlier requests whose compiled form is kept
 
@@ -36,9 +36,9 @@ class Guides:
             try:
                 matcher = library.LLMatcher(self._of_library, library_text(grammar, library.LLMatcher), log_level=0)
             except ValueError as problem:
-                raise DataError(f"the {grammar.kind} cannot be read: {_first_line(problem)}") from None
+                raise DataError(f"the {grammar.kind} cannot be read: {first_line(problem)}") from None
             if matcher.is_error():
-                raise DataError(f"the {grammar.kind} cannot be read: {_first_line(matcher.get_error())}")
+                raise DataError(f"the {grammar.kind} cannot be read: {first_line(matcher.get_error())}")
             self._matchers[grammar] = matcher
             if len(self._matchers) > KEPT:
                 self._matchers.popitem(last=False)
@@ -65,18 +65,14 @@ class LlGuide:
         """``token`` came next. Raises DataError if the library gave up."""
         if not self._matcher.consume_token(token):
             self._forget()
-            raise DataError(f"the grammar does not take token {token}: {_first_line(self._matcher.get_error())}")
+            raise DataError(f"the grammar does not take token {token}: {first_line(self._matcher.get_error())}")
 
     def end(self) -> None:
         """The answer ended. Raises DataError if only since the library gave up, after which it allows nothing but the end."""
         if self._matcher.is_error():
             self._forget()
-            raise DataError(f"the grammar cannot be kept to: {_first_line(self._matcher.get_error())}")
+            raise DataError(f"the grammar cannot be kept to: {first_line(self._matcher.get_error())}")
 
     def is_finished(self) -> bool:
         """Whether nothing can follow but the end."""
         return bool(self._matcher.is_stopped())
-
-
-def _first_line(problem: object) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
