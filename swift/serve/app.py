@@ -286,7 +286,8 @@ class Api:
 
     async def _generate(self, requests: Sequence[Request]) -> AsyncGenerator[Delta]:
         """Deltas, timed and counted. Raises ApiError."""
-        clock = Clock(self.metrics, len(requests[0].prompt))
+        prompts = {request.id.rpartition(":")[0]: len(request.prompt) for request in requests}  # answers of one prompt share that part
+        clock = Clock(self.metrics, sum(prompts.values()))
         media_bytes = 0 if requests[0].media is None else requests[0].media.size_bytes
         self._media_bytes += media_bytes
         try:
