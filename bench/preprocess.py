@@ -92,7 +92,7 @@ def work_swift(data: str, model: str, num_proc: int) -> dict[str, Any]:
     from swift.data.encode import encode
     from swift.data.load import load_records
     from swift.hub.cache import cache_root
-    from swift.model.load import load_tokenizer
+    from swift.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(Path(model))
     begin = time.perf_counter()

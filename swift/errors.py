@@ -69,6 +69,11 @@ class Interrupted(SwiftError):
     exit_code = 130
 
 
+def first_line(problem: object) -> str:
+    """The first line of what a library says, or the name of its error if it says nothing."""
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+
+
 def near(name: str, known: Iterable[str]) -> str | None:
     """The known name that ``name`` most likely means, or None if none is near."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)

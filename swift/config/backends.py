@@ -15,6 +15,7 @@ SHARED = {
     "num_speculative_tokens": ("native", None),
     "weight_format": ("native", None),
     "num_beams": ("transformers", None),
+    "logprobs": ("native", "llamacpp", "vllm", None),
     "max_batch_size": ("native", "transformers", "openvino", "llamacpp", "remote", None),
     "torch_dtype": ("native", "transformers", "vllm", "sglang", "lmdeploy", None),
     "attn_impl": ("native", "transformers", None),

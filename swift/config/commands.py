@@ -69,7 +69,8 @@ class InferConfig(GenerateConfig, TemplateConfig, DataConfig, QuantConfig, Model
         unused = "dataset_num_proc load_from_cache_file max_length truncation_strategy loss_scale padding_side val_dataset_shuffle"
         self.refuse_without_effect(unused.split(), "when answering: a prompt is taken whole")
         if not (self.dataset or self.val_dataset):
-            self.refuse_without_effect(("result_path", "max_batch_size", "val_dataset_sample", "columns", "strict"), "without data")
+            unused = "result_path max_batch_size val_dataset_sample columns strict logprobs"
+            self.refuse_without_effect(unused.split(), "without data")
 
 
 @dataclass(kw_only=True)
@@ -79,6 +80,10 @@ class ChatConfig(GenerateConfig, QuantConfig, ModelConfig):
     system: str | None = opt(None, "system message: a text, or a .txt file that holds it")
     enable_thinking: bool | None = opt(None, "passed to chat templates that know it")
     load_args: bool = opt(True, "take model and rendering options from the run that --adapters names")
+
+    def check(self) -> None:
+        super().check()
+        self.refuse_without_effect(("logprobs",), "in a conversation: swift infer writes them to its result file")
 
 
 @dataclass(kw_only=True)

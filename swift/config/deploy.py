@@ -37,7 +37,7 @@ class DeployConfig(GenerateConfig, QuantConfig, ModelConfig):
 
     def check(self) -> None:
         super().check()
-        self.refuse_without_effect(("stream", "stop_words", "num_beams"), "when serving: a request says it")
+        self.refuse_without_effect(("stream", "stop_words", "num_beams", "logprobs", "top_logprobs"), "when serving: a request says it")
         for name, count in (self.limit_mm_per_prompt or {}).items():
             if name != "image" or not isinstance(count, int) or isinstance(count, bool) or count < 0:
                 raise ConfigError(f"--limit_mm_per_prompt has {name}: {count}", hint='it takes a number of images: {"image": 4}')

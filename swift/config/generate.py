@@ -6,6 +6,8 @@ from swift.config.backends import BACKENDS, BackendsConfig
 from swift.config.options import opt
 from swift.errors import ConfigError
 
+MOST_LOGPROBS = 20  # likeliest tokens at each place, as in OpenAI's API
+
 
 @dataclass(kw_only=True)
 class GenerateConfig(BackendsConfig):
@@ -18,6 +20,10 @@ class GenerateConfig(BackendsConfig):
     repetition_penalty: float | None = opt(None, "above 1 makes tokens that already occurred less likely", minimum=0)
     num_beams: int = opt(1, "beams of a beam search; 1 samples or takes the likeliest token", minimum=1)
     stop_words: list[str] = opt([], "texts at which an answer ends; they are not part of it")
+    logprobs: bool = opt(False, "write the log-probability of each token of an answer, in OpenAI's form")
+    top_logprobs: int | None = opt(
+        None, "with --logprobs true: also those of so many of the likeliest tokens at each place", minimum=0, maximum=MOST_LOGPROBS
+    )
     stream: bool | None = opt(None, "show an answer while it is written; by default in a terminal")
     infer_backend: str | None = opt(
         None,
@@ -44,5 +50,9 @@ class GenerateConfig(BackendsConfig):
         self.check_backend(self.infer_backend, self.max_model_len)
         if self.temperature == 0:
             self.refuse_without_effect(("top_k", "top_p"), "with --temperature 0")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ConfigError(f"--top_logprobs {self.top_logprobs} needs --logprobs true", hint="say both, or neither")
+        if self.num_beams > 1 and self.logprobs:
+            raise ConfigError(f"--logprobs true needs --num_beams 1, not {self.num_beams}: beams give none", hint="remove one of them")
         if self.num_beams > 1 and self.stream:
             raise ConfigError("--stream needs --num_beams 1: beams are not known before the end", hint="remove one of them")

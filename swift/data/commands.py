@@ -10,8 +10,9 @@ def data_inspect(config: DataInspectConfig) -> None:
     from swift.data.inspect import inspect
     from swift.data.load import load_records
     from swift.model.checkpoints import model_reference
-    from swift.model.load import context_length, load_tokenizer
+    from swift.model.load import context_length
     from swift.model.template import read_system, read_template
+    from swift.model.tokenizer import load_tokenizer
 
     loaded = load_records(
         config.dataset,

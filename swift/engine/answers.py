@@ -7,7 +7,7 @@ from swift.engine.base import Completion, Delta, Engine, Logprob, Request
 IN_FLIGHT = 256  # requests that an engine is given at once; it computes as many together as it can
 
 
-class _Gathered:
+class Gathered:
     """The deltas of one request so far."""
 
     def __init__(self) -> None:
@@ -17,25 +17,30 @@ class _Gathered:
         self.completion: Completion | None = None
 
     def add(self, delta: Delta) -> None:
+        if delta.problem is not None:
+            raise delta.problem
         self.texts.append(delta.text)
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
         if delta.finish_reason is not None:
             ids = self.token_ids[:-1] if isinstance(delta.stopped_by, int) and delta.token_ids else self.token_ids
-            self.completion = Completion("".join(self.texts), ids, delta.finish_reason, tuple(self.logprobs[: len(ids)]))
+            self.completion = Completion("".join(self.texts), ids, delta.finish_reason, tuple(self.logprobs))
 
 
 def answers(engine: Engine, requests: Iterable[Request]) -> Iterator[Completion]:
-    """One completion for each request, in their order. What is not taken from the iterator is aborted when it is closed."""
+    """One completion for each request, in their order. What is not taken from the iterator is aborted when it is closed.
+
+    Raises the problem of an answer that an engine could not compute.
+    """
     source = iter(requests)
     order: list[str] = []
-    gathered: dict[str, _Gathered] = {}
+    gathered: dict[str, Gathered] = {}
     try:
         while True:
             while len(order) < IN_FLIGHT and (request := next(source, None)) is not None:
                 engine.add(request)
                 order.append(request.id)
-                gathered[request.id] = _Gathered()
+                gathered[request.id] = Gathered()
             if not order:
                 return
             for delta in engine.step():
@@ -50,7 +55,7 @@ def answers(engine: Engine, requests: Iterable[Request]) -> Iterator[Completion]
 
 def pieces(engine: Engine, request: Request) -> Generator[str, None, Completion]:
     """The text of the answer as it is written; returns the completion. Closing it stops the engine."""
-    gathered = _Gathered()
+    gathered = Gathered()
     engine.add(request)
     try:
         while gathered.completion is None:

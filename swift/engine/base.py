@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from swift.errors import SwiftError
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -89,6 +91,7 @@ class Logprob:
 class Delta:
     """What a step added to an answer; the last one has a ``finish_reason``.
 
+    ``problem``: what went wrong with this answer alone, which is aborted; the engine goes on with the others.
     ``text`` is what is certain of the text: half a character, or what may be the beginning of a stop word, comes later.
     """
 
@@ -100,11 +103,15 @@ class Delta:
     finish_reason: FinishReason | None = None
     stopped_by: int | str | None = None  # the token or the word that ended it, or why it was aborted
     num_cached: int = 0  # tokens of the prompt that were not computed
+    problem: SwiftError | None = None
 
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer: its text without special tokens, its tokens without the one that ended it, and why it ended."""
+    """An answer: its text without special tokens, its tokens without the one that ended it, and why it ended.
+
+    ``logprobs``, if they were wanted, are of all tokens that were chosen, the one that ended it among them.
+    """
 
     text: str
     token_ids: list[int]

@@ -17,6 +17,7 @@ from swift.data.template import ChatTemplate
 from swift.engine.answers import answers, pieces
 from swift.engine.base import Completion, Engine, Media, Request
 from swift.engine.load import adapter_or_model_path, make_engine, sampling, source_of
+from swift.engine.logprobs import content_of, speller
 from swift.engine.media import ImagePrompts, text_prompt
 from swift.engine.pictures import of_row
 from swift.engine.source import Source
@@ -34,18 +35,19 @@ def run_infer(config: InferConfig) -> list[dict[str, Any]] | None:
         return None
     records = _records(config)
     place = _result_path(config)
-    results = _answered(place, records)
+    results = _answered(place, records, has_logprobs=config.logprobs)
     if results:
         console.say(f"{place} holds the first {len(results)} of {len(records)} answers; the rest follow")
     source = source_of(config, merge=config.merge_lora)
     engine = make_engine(source)
     place.parent.mkdir(parents=True, exist_ok=True)
+    spell = speller(source.tokenizer)
     begin, tokens, count = time.monotonic(), 0, len(results)
     with explain_os_errors(place), place.open("a", encoding="utf-8") as file, console.progress() as bar:
         task = bar.add_task("infer", total=len(records), completed=count, facts="")
         rest = records[count:]
         for record, answer in zip(rest, _answer(source, engine, rest, first=count), strict=True):
-            result = as_result(record, answer)
+            result = as_result(record, answer, {"content": content_of(answer.logprobs, spell)} if config.logprobs else None)
             file.write(json.dumps(result, ensure_ascii=False) + "\n")
             file.flush()
             results.append(result)
@@ -102,10 +104,10 @@ def _result_path(config: InferConfig) -> Path:
     return (folder / "infer_result" if folder.name != "infer_result" else folder) / f"{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
 
 
-def _answered(place: Path, records: list[Record]) -> list[dict[str, Any]]:
+def _answered(place: Path, records: list[Record], *, has_logprobs: bool) -> list[dict[str, Any]]:
     """The answers that ``place`` holds from a run that was stopped; a last line that is not whole is cut off.
 
-    Raises ConfigError if they are no answers to the first of ``records``.
+    Raises ConfigError if they are no answers to the first of ``records``, or not all of them with log-probabilities or all without.
     """
     if not place.exists():
         return []
@@ -125,6 +127,9 @@ def _answered(place: Path, records: list[Record]) -> list[dict[str, Any]]:
         found.append(result)
     if len(found) < len(lines) or (raw and not lines):
         raise ConfigError(f"--result_path {place} exists and holds something else", hint="name another file, or remove it")
+    if any((result.get("logprobs") is not None) != has_logprobs for result in found):
+        was, now = ("out", "leave that out") if has_logprobs else ("", "say that")
+        raise ConfigError(f"--result_path {place} was begun with{was} --logprobs true", hint=f"{now}, or name another file")
     if len(whole) < len(raw):
         with explain_os_errors(place):
             os.truncate(place, len(whole))
@@ -181,13 +186,13 @@ def _prompt(source: Source, record: Record, reader: ImagePrompts | None) -> tupl
         raise DataError(f"{record.source}: {problem}") from None
 
 
-def as_result(record: Record, answer: Completion) -> dict[str, Any]:
+def as_result(record: Record, answer: Completion, logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
     """A line of the result file: ms-swift's members, and why the answer ended."""
     messages = [{"role": message.role, "content": message.content} for message in record.messages]
     return {
         "response": answer.text,
         "labels": record.extra.get("response"),
-        "logprobs": None,
+        "logprobs": logprobs,
         "messages": [*messages, {"role": "assistant", "content": answer.text}],
         "finish_reason": answer.finish_reason,
         **({"images": [_name_of(image) for image in record.images]} if record.images else {}),

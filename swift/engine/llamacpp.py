@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swift import deps
-from swift.engine.base import Delta, FinishReason, Request
+from swift.engine.base import Delta, Request
 from swift.engine.native.guide import Guides
 from swift.engine.native.sampler import Chooser, choose, logprobs
 from swift.engine.outside import Answer, Taker
@@ -161,11 +161,8 @@ class LlamaCppEngine:
         values = logprobs(kept, tokens, [count or 0 for count in counts]) if kept is not logits else []
         deltas = []
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
-            sequence.chooser.accept(token)
             sequence.tokens.append(token)
-            guide = sequence.chooser.guide
-            ended: FinishReason | None = "stop" if guide is not None and guide.is_finished() else None
-            delta = sequence.answer.add([token], (values[row],) if counts[row] is not None else (), ended=ended)
+            delta = sequence.answer.add([token], (values[row],) if counts[row] is not None else (), follow=sequence.chooser.accept)
             assert delta is not None
             deltas.append(delta)
             if delta.finish_reason is not None:

@@ -1,6 +1,5 @@
 """What answers: the model on disk that the options name, the engine for it, and its sampling."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,7 @@ from swift.errors import ConfigError, ModelError
 from swift.model.checkpoints import adapter_folder, model_reference
 from swift.model.device import DTYPES
 from swift.model.load import Loaded, Quantization
-from swift.tuner.adapter import ADAPTER_CONFIG
-
-
-def base_reference(config: ModelConfig) -> str:
-    """The model that ``config`` names, or that its adapter was trained on."""
-    if config.model is not None:
-        return model_reference(config.model)
-    if not config.adapters:
-        raise ConfigError("no model is given", hint="say --model PATH or --adapters RUN")
-    settings = json.loads((adapter_folder(config.adapters[0]) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    if not settings.get("base_model_name_or_path"):
-        raise ConfigError(f"the adapter {config.adapters[0]} does not say which model it is for", hint="say --model too")
-    return str(settings["base_model_name_or_path"])
+from swift.tuner.adapter import base_reference
 
 
 def source_of(config: Any, *, merge: bool = False) -> Source:
@@ -62,6 +49,7 @@ def sampling(config: GenerateConfig) -> Sampling:
         repetition_penalty=config.repetition_penalty,
         num_beams=config.num_beams,
         stop_words=tuple(config.stop_words),
+        logprobs=(config.top_logprobs or 0) if config.logprobs else None,
         max_model_len=config.max_model_len,
     )
 

@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
-import torch
-from torch import Tensor
 
 from swift.data.records import Message
 from swift.data.render import render_prompt
 from swift.data.template import MARK, ChatTemplate
 from swift.engine.base import Media
-from swift.engine.source import Source
 from swift.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from swift.engine.source import Source
 
 TEXT_INPUTS = ("input_ids", "attention_mask")
 # What processors and models raise for images that they cannot read; they have no error of their own for it.
@@ -60,7 +62,7 @@ class ImagePrompts:
         return ids, Media(inputs=inputs, places=places, digest=_digest(inputs, len(ids)))
 
 
-def text_prompt(source: Source, messages: Sequence[Message], tools: Any = None, *, use_chat_template: bool) -> list[int]:
+def text_prompt(source: "Source", messages: Sequence[Message], tools: Any = None, *, use_chat_template: bool) -> list[int]:
     """Token ids of ``messages`` without images; of a model that reads them, as a prompt with some would be."""
     thinking = source.config.enable_thinking
     if source.processor is None or not use_chat_template:
@@ -70,8 +72,10 @@ def text_prompt(source: Source, messages: Sequence[Message], tools: Any = None, 
     return list(ImagePrompts(source.processor, None).to_ids(text))
 
 
-def image_inputs(model: Any, media: Media | None) -> dict[str, Tensor]:
+def image_inputs(model: Any, media: Media | None) -> "dict[str, Tensor]":
     """The arrays of ``media`` for a forward pass of ``model``: on its device, floating-point ones in its precision."""
+    import torch  # the server, which makes prompts, does without
+
     made = {}
     for name, value in ({} if media is None else media.inputs).items():
         tensor = torch.from_numpy(value).to(model.device)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from swift.errors import ConfigError
-from swift.model.load import Loaded, Quantization, context_length, end_tokens, load_model, load_tokenizer
+from swift.model.load import Loaded, Quantization, context_length, end_tokens, load_model
 from swift.model.template import read_template
+from swift.model.tokenizer import load_tokenizer
 from swift.model.vision import load_processor, reads_images
 from swift.tuner.adapter import with_adapter
 

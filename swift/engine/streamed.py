@@ -8,22 +8,22 @@ from typing import Any
 
 from swift.engine.base import Delta, FinishReason, Request
 from swift.engine.outside import Answer, Taker
-from swift.errors import SwiftError
+from swift.errors import MachineError, SwiftError
 
 WAIT_S = 0.02  # that a step waits for a first piece, so that requests and aborts are not held up
-Put = Callable[[Delta | BaseException], None]
+Put = Callable[[Delta | SwiftError], None]
 # Begins an answer, whose deltas go to Put from any thread; what it returns gives the answer up.
 Start = Callable[[Answer, Put], Callable[[], None]]
 Piece = tuple[Sequence[int], FinishReason | None]
 
 
 class StreamedEngine:
-    """``start`` begins an answer. An error of a stream is raised by the step that meets it; the other answers go on."""
+    """``start`` begins an answer. An error of a stream ends its own answer; the others go on."""
 
     def __init__(self, taker: Taker, max_model_len: int, start: Start, close: Callable[[], None]) -> None:
         self.max_model_len = max_model_len
         self._taker, self._start, self._close = taker, start, close
-        self._arrived: queue.SimpleQueue[tuple[Answer, Delta | BaseException]] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[tuple[Answer, Delta | SwiftError]] = queue.SimpleQueue()
         self._answers: dict[str, tuple[Answer, Callable[[], None]]] = {}
 
     def add(self, request: Request) -> None:
@@ -37,7 +37,7 @@ class StreamedEngine:
         return not self._answers
 
     def step(self) -> list[Delta]:
-        """See Engine. Raises the error of an answer, which is then given up."""
+        """See Engine."""
         deltas: list[Delta] = []
         while self._answers:
             try:
@@ -47,11 +47,9 @@ class StreamedEngine:
             id = answer.request.id
             if self._answers.get(id, (None,))[0] is not answer:
                 continue  # it was given up
-            if isinstance(piece, BaseException):
-                self.abort(id)
-                raise piece
-            deltas.append(piece)
-            if piece.finish_reason is not None:
+            delta = Delta(id=id, finish_reason="abort", problem=piece) if isinstance(piece, SwiftError) else piece
+            deltas.append(delta)
+            if delta.finish_reason is not None:
                 self.abort(id)
         return deltas
 
@@ -105,6 +103,8 @@ class Loop:
                     put(delta)
                     if delta.finish_reason is not None:
                         return
-            put(Delta(id=answer.request.id, text=answer.writer.end(), finish_reason="abort"))
-        except (SwiftError, ValueError, RuntimeError, OSError) as problem:
+            put(MachineError("the engine ended an answer without a reason"))
+        except SwiftError as problem:
             put(problem)
+        except Exception as problem:  # of another package: unseen, the answer would never end
+            put(MachineError(f"the engine failed at an answer: {type(problem).__name__}: {problem}"))

@@ -3,17 +3,20 @@
 import queue
 import threading
 from collections.abc import Generator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from swift.config.generate import GenerateConfig
-from swift.engine.base import Completion, Delta, FinishReason, Media, Request, Sampling
+from swift.engine.answers import Gathered
+from swift.engine.base import Completion, Delta, Media, Request, Sampling
+from swift.engine.growing import Growing, check_request, decoder, refuse_unknown, room_after
 from swift.engine.media import image_inputs
 from swift.engine.writer import Writer
 from swift.errors import DataError
-from swift.model.load import Loaded, end_tokens, pad_token_id
+from swift.model.load import Loaded, end_tokens
+from swift.model.tokenizer import pad_token_id
 
 # What ``generate`` can be told for each request.
 KNOWN = frozenset(
@@ -33,16 +36,8 @@ class TransformersEngine:
 
     def add(self, request: Request) -> None:
         """See Engine."""
-        if request.adapter is not None:
-            raise DataError(f"no adapter {request.adapter!r} is loaded")
-        fresh = Sampling()
-        unknown = [
-            field.name
-            for field in fields(Sampling)
-            if field.name not in KNOWN and getattr(request.sampling, field.name) != getattr(fresh, field.name)
-        ]
-        if unknown:
-            raise DataError(f"{', '.join(unknown)}: not with --infer_backend transformers", hint="--infer_backend native knows it")
+        check_request(request, {*self._under_way, *(waiting.id for waiting in self._waiting)})
+        refuse_unknown(request.sampling, KNOWN, "transformers")
         if request.media is not None and self.loaded.processor is None:
             raise DataError("the model reads text only: there is an image in the prompt")
         _settings(self.loaded.model, self.loaded.tokenizer, len(request.prompt), request.sampling)
@@ -64,8 +59,8 @@ class TransformersEngine:
             self._under_way.clear()
             if not self._waiting:
                 return []
-            first = _without_seed(self._waiting[0].sampling)
-            batch = [request for request in self._waiting if _without_seed(request.sampling) == first and request.media is None]
+            first = self._kind(self._waiting[0])
+            batch = [request for request in self._waiting if self._kind(request) == first and request.media is None]
             batch = batch[: self.max_batch_size] if self._waiting[0].media is None else self._waiting[:1]
             self._waiting = [request for request in self._waiting if request not in batch]
             self._under_way = {request.id for request in batch}
@@ -83,6 +78,10 @@ class TransformersEngine:
         self._waiting, self._under_way = [], set()
         self._deltas.close()
 
+    def _kind(self, request: Request) -> tuple[Sampling, int]:
+        """What requests of a batch share: their settings, and the room for an answer, which `generate` takes for all of them."""
+        return replace(request.sampling, seed=None), _room(self.loaded.model, len(request.prompt), request.sampling)
+
     def _of_batch(self, batch: list[Request]) -> Generator[Delta]:
         if not batch:
             return
@@ -92,10 +91,9 @@ class TransformersEngine:
         if len(batch) == 1 and sampling.num_beams == 1:
             yield from _streamed(model, tokenizer, batch[0])
             return
-        answers = complete(model, tokenizer, [list(request.prompt) for request in batch], sampling, batch[0].media)
-        for request, answer in zip(batch, answers, strict=True):
-            reason: FinishReason = "stop" if answer.finish_reason == "stop" else "length"
-            yield Delta(id=request.id, text=answer.text, token_ids=tuple(answer.token_ids), finish_reason=reason)
+        rows = _generated(model, tokenizer, [list(request.prompt) for request in batch], sampling, batch[0].media)
+        for request, row in zip(batch, rows, strict=True):
+            yield _growing(model, tokenizer, len(request.prompt), sampling, id=request.id).add(row, ended="length")
 
 
 def make(loaded: Loaded, config: GenerateConfig) -> TransformersEngine:
@@ -108,6 +106,17 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling:
 
     Raises DataError for a prompt that leaves no room for an answer.
     """
+    found = []
+    for number, (prompt, row) in enumerate(zip(prompts, _generated(model, tokenizer, prompts, sampling, media), strict=True)):
+        gathered = Gathered()
+        gathered.add(_growing(model, tokenizer, len(prompt), sampling, id=str(number)).add(row, ended="length"))
+        assert gathered.completion is not None
+        found.append(gathered.completion)
+    return found
+
+
+def _generated(model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling: Sampling, media: Media | None) -> list[list[int]]:
+    """The tokens that follow each prompt; behind an answer that ended earlier than others there is padding."""
     width = max(map(len, prompts))
     pad = pad_token_id(tokenizer)
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
@@ -116,7 +125,12 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling:
     stops = _stops_at(tokenizer, width, sampling.stop_words) if sampling.stop_words else None
     with torch.inference_mode():
         output = model.generate(input_ids=input_ids, attention_mask=mask, stopping_criteria=stops, **settings, **image_inputs(model, media))
-    return [_completion(tokenizer, row[width:].tolist(), settings, sampling) for row in output]
+    rows: list[list[int]] = output[:, width:].tolist()
+    return rows
+
+
+def _growing(model: Any, tokenizer: Any, num_prompt: int, sampling: Sampling, *, id: str) -> Growing:
+    return Growing(id, Writer(decoder(tokenizer), sampling.stop_words), end_tokens(model, tokenizer), _room(model, num_prompt, sampling))
 
 
 def _stops_at(tokenizer: Any, width: int, words: Sequence[str]) -> Any:
@@ -190,37 +204,25 @@ def stream(model: Any, tokenizer: Any, prompt: Sequence[int], sampling: Sampling
 
 
 def _streamed(model: Any, tokenizer: Any, request: Request) -> Generator[Delta]:
-    sampling = request.sampling
-    writer = Writer(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), sampling.stop_words)
-    ends = set(end_tokens(model, tokenizer))
-    tokens = stream(model, tokenizer, request.prompt, sampling, request.media)
-    stopped_by: int | str | None = None
+    growing = _growing(model, tokenizer, len(request.prompt), request.sampling, id=request.id)
+    tokens = stream(model, tokenizer, request.prompt, request.sampling, request.media)
     try:
         for token in tokens:
-            if token in ends:
-                stopped_by = token
-                break
-            text = writer.add([token])
-            if (stopped_by := writer.stopped_by) is not None:
-                yield Delta(id=request.id, text=text, token_ids=(token,))
-                break
-            yield Delta(id=request.id, text=text, token_ids=(token,))
+            delta = growing.add([token])
+            yield delta
+            if delta.finish_reason is not None:
+                return
     finally:
         tokens.close()
-    text = writer.end()
-    stopped_by = stopped_by if writer.stopped_by is None else writer.stopped_by
-    yield Delta(id=request.id, text=text, finish_reason="length" if stopped_by is None else "stop", stopped_by=stopped_by)
+    yield growing.add((), ended="length")
 
 
-def _without_seed(sampling: Sampling) -> Sampling:
-    return replace(sampling, seed=None)
+def _room(model: Any, num_prompt: int, sampling: Sampling) -> int:
+    return room_after(num_prompt, sampling, getattr(model.config.get_text_config(), "max_position_embeddings", None))
 
 
 def _settings(model: Any, tokenizer: Any, prompt_length: int, sampling: Sampling) -> dict[str, Any]:
-    limit = sampling.max_model_len or getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - prompt_length)
-    if room < 1:
-        raise DataError(f"the prompt has {prompt_length} tokens, the model's context {limit}", hint="shorten it")
+    room = _room(model, prompt_length, sampling)
     settings: dict[str, Any] = {
         "max_new_tokens": room,
         "pad_token_id": pad_token_id(tokenizer),
@@ -243,15 +245,3 @@ def _settings(model: Any, tokenizer: Any, prompt_length: int, sampling: Sampling
 
 def _penalty(sampling: Sampling) -> dict[str, Any]:
     return {} if sampling.repetition_penalty is None else {"repetition_penalty": sampling.repetition_penalty}
-
-
-def _completion(tokenizer: Any, ids: list[int], settings: dict[str, Any], sampling: Sampling) -> Completion:
-    ends = set(settings["eos_token_id"])
-    cut = next((at for at, token in enumerate(ids) if token in ends), None)
-    reason = "stop" if cut is not None else "length"
-    ids = ids if cut is None else ids[:cut]
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    for word in sampling.stop_words:
-        if word in text:
-            text, reason = text[: text.index(word)], "stop"
-    return Completion(text, ids, reason)

@@ -12,7 +12,7 @@ from typing import Any
 
 from swift import console
 from swift.deps import require
-from swift.errors import DependencyError, ModelError
+from swift.errors import DependencyError, ModelError, first_line
 from swift.files import machine_error
 
 _ROPE_SCALING = "{arch}.rope.scaling.type"
@@ -92,12 +92,12 @@ def _build(source: Path, reader: Any) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     except (ValueError, KeyError, NotImplementedError, AttributeError) as problem:
         raise ModelError(
-            f"{source}: transformers cannot read a GGUF file of architecture {arch!r}: {_first_line(problem)}",
+            f"{source}: transformers cannot read a GGUF file of architecture {arch!r}: {first_line(problem)}",
             hint="use the model's original safetensors",
         ) from problem
     except ImportError as problem:
         raise DependencyError(
-            f"reading {source.name} needs a package: {_first_line(problem)}", hint="pip install 'swift-llm[gguf]'"
+            f"reading {source.name} needs a package: {first_line(problem)}", hint="pip install 'swift-llm[gguf]'"
         ) from problem
     scaling = _field(reader, _ROPE_SCALING.format(arch=arch))
     if scaling not in (None, "none") and (config.rope_parameters or {}).get("rope_type", "default") == "default":
@@ -196,7 +196,3 @@ def _quiet() -> Iterator[None]:
 def _field(reader: Any, key: str) -> Any:
     field = reader.fields.get(key)
     return None if field is None else field.contents()
-
-
-def _first_line(problem: BaseException) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

@@ -1,6 +1,5 @@
 """Load a language model and its tokenizer, or its processor if it reads images too, from a snapshot."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,10 @@ from typing import Any
 import torch
 
 from swift import deps
-from swift.errors import ModelError
+from swift.errors import ModelError, first_line
 from swift.model.device import DTYPES, choose_device, choose_dtype
+from swift.model.files import read_config
+from swift.model.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,6 @@ class Loaded:
     processor: Any = None
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The model's config.json; ModelError if it is absent or no JSON object."""
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} holds no config.json, so it is no model", hint="name a folder that save_pretrained wrote") from None
-    except (OSError, ValueError) as problem:
-        raise ModelError(f"{file} cannot be read: {problem}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file} is not a JSON object")
-    return config
-
-
 def checkpoint_dtype(path: Path) -> torch.dtype:
     """The precision that config.json states; float32 if it states none."""
     config = read_config(path)
@@ -63,31 +50,6 @@ def context_length(path: Path) -> int | None:
             if isinstance(place.get(key), int):
                 return int(place[key])
     return None
-
-
-def load_tokenizer(path: Path, *, chat_template: str | None = None) -> Any:
-    """The tokenizer in ``path``; ``chat_template`` is a Jinja text that replaces its own."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as problem:
-        raise ModelError(f"{path}: the tokenizer cannot be loaded: {first_line(problem)}") from problem
-    return with_template(path, tokenizer, chat_template)
-
-
-def with_template(path: Path, tokenizer: Any, chat_template: str | None) -> Any:
-    """``tokenizer``, of the model in ``path``, with another chat template if one is given."""
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"{path}: the tokenizer has no end-of-sequence token", hint="set eos_token in tokenizer_config.json")
-    return tokenizer
-
-
-def pad_token_id(tokenizer: Any) -> int:
-    """The token that fills short rows; masked everywhere, so the end-of-sequence token serves if there is none."""
-    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -162,9 +124,3 @@ def _bitsandbytes(quantization: Quantization) -> Any:
         bnb_4bit_quant_type=quantization.quant_type,
         bnb_4bit_use_double_quant=quantization.double_quant,
     )
-
-
-def first_line(problem: BaseException) -> str:
-    """What it says, without what follows."""
-    text = str(problem).strip() or type(problem).__name__
-    return text.splitlines()[0]

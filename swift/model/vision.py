@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from swift import deps
-from swift.errors import DependencyError, ModelError
-from swift.model.load import first_line, read_config, with_template
+from swift.errors import DependencyError, ModelError, first_line
+from swift.model.files import read_config
+from swift.model.tokenizer import with_template
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from swift.engine.base import Delta, Request
+from swift.engine.logprobs import speller
 from swift.serve import chat, completions, limits, responses
 from swift.serve.adapters import AdapterShelf
 from swift.serve.bodies import read_body
@@ -76,7 +76,7 @@ class Api:
         self._num_seeing = 0  # requests whose images are made ready, or wait for it
         self._media_bytes = 0  # of images of requests under way
         self._num_tokens = len(self.tokenizer)
-        self.token_text: Callable[[int], str] = lru_cache(maxsize=2**16)(lambda token: self.tokenizer.decode([token]))
+        self.spell = speller(self.tokenizer)
 
     def routes(self) -> list[Route]:
         return [
@@ -102,9 +102,9 @@ class Api:
         made = await self._aside(size, lambda: self.renderer.ready(asked, adapter=adapter), sees=bool(images_of(asked.messages)))
         deltas = await self._begin(made.requests)
         if not asked.stream:
-            return _json(await self._until_gone(http, chat.whole(made, deltas, self.token_text)))
+            return _json(await self._until_gone(http, chat.whole(made, deltas, self.spell)))
         begun = await self._begun(http, deltas)
-        return _events(chat.chunks(made, begun, self.token_text, includes_usage=asked.includes_usage))
+        return _events(chat.chunks(made, begun, self.spell, includes_usage=asked.includes_usage))
 
     async def completions(self, http: HttpRequest) -> Response:
         asked, size = await read_body(http, CompletionRequest)
@@ -113,9 +113,9 @@ class Api:
         made = await self._aside(size, lambda: completions.ready(asked, self._to_ids, adapter=adapter))
         deltas = await self._begin(made.requests)
         if not asked.stream:
-            return _json(await self._until_gone(http, completions.whole(made, deltas, self.tokenizer)))
+            return _json(await self._until_gone(http, completions.whole(made, deltas, self.tokenizer, self.spell)))
         begun = await self._begun(http, deltas)
-        return _events(completions.chunks(made, begun, self.tokenizer, includes_usage=asked.includes_usage))
+        return _events(completions.chunks(made, begun, self.spell, includes_usage=asked.includes_usage))
 
     async def responses(self, http: HttpRequest) -> Response:
         asked, size = await read_body(http, ResponsesRequest)
@@ -286,7 +286,8 @@ class Api:
 
     async def _generate(self, requests: Sequence[Request]) -> AsyncGenerator[Delta]:
         """Deltas, timed and counted. Raises ApiError."""
-        clock = Clock(self.metrics, len(requests[0].prompt))
+        prompts = {request.id.rpartition(":")[0]: len(request.prompt) for request in requests}  # answers of one prompt share that part
+        clock = Clock(self.metrics, sum(prompts.values()))
         media_bytes = 0 if requests[0].media is None else requests[0].media.size_bytes
         self._media_bytes += media_bytes
         try:

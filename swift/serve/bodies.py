@@ -1,34 +1,21 @@
 """Bodies of requests: JSON, read by the type of the route."""
 
+from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request as HttpRequest
 
 from swift.serve.errors import ApiError, decoded
-from swift.serve.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    EmbeddingRequest,
-    LoadAdapterRequest,
-    TokenizeRequest,
-    UnloadAdapterRequest,
-)
-from swift.serve.responses import ResponsesRequest
+from swift.serve.fields import Strict
 
-K = TypeVar("K")
-REQUESTS = (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    EmbeddingRequest,
-    LoadAdapterRequest,
-    ResponsesRequest,
-    TokenizeRequest,
-    UnloadAdapterRequest,
-)
-DECODERS: dict[type, msgspec.json.Decoder[Any]] = {kind: msgspec.json.Decoder(kind) for kind in REQUESTS}
+K = TypeVar("K", bound=Strict)
+
+
+@cache
+def decoder(kind: Any) -> "msgspec.json.Decoder[Any]":
+    """What reads requests of the type ``kind``."""
+    return msgspec.json.Decoder(kind)
 
 
 async def read_body(http: HttpRequest, kind: type[K]) -> tuple[K, int]:
@@ -41,4 +28,4 @@ async def read_body(http: HttpRequest, kind: type[K]) -> tuple[K, int]:
     if kind_of_body != "application/json" and ("origin" in http.headers or "sec-fetch-site" in http.headers):
         raise ApiError(415, "the body must be JSON: Content-Type: application/json", code="unsupported_media_type")
     body = await http.body()
-    return decoded(DECODERS[kind], body), len(body)
+    return decoded(decoder(kind), body), len(body)

@@ -9,6 +9,7 @@ from typing import Any
 
 from swift.data.template import ChatTemplate
 from swift.engine.base import Delta, Logprob, Media, Request, Sampling
+from swift.engine.logprobs import Spell, content_of
 from swift.errors import ConfigError, DataError
 from swift.serve import limits
 from swift.serve.errors import unsupported
@@ -224,7 +225,7 @@ class AnswerReader:
         return "tool_calls" if self.calls and reason == "stop" else reason
 
 
-async def whole(chat: Chat, deltas: AsyncIterator[Delta], token_text: Callable[[int], str]) -> dict[str, Any]:
+async def whole(chat: Chat, deltas: AsyncIterator[Delta], spell: Spell) -> dict[str, Any]:
     """The response of a request that does not stream."""
     readers = [chat.make_reader() for _ in chat.requests]
     values: list[list[Logprob]] = [[] for _ in readers]
@@ -242,7 +243,7 @@ async def whole(chat: Chat, deltas: AsyncIterator[Delta], token_text: Callable[[
         {
             "index": index,
             "message": reader.message(),
-            "logprobs": logprobs_of(values[index], token_text) if wants_logprobs else None,
+            "logprobs": logprobs_of(values[index], spell) if wants_logprobs else None,
             "finish_reason": reasons[index],
         }
         for index, reader in enumerate(readers)
@@ -257,9 +258,7 @@ async def whole(chat: Chat, deltas: AsyncIterator[Delta], token_text: Callable[[
     }
 
 
-async def chunks(
-    chat: Chat, deltas: AsyncIterator[Delta], token_text: Callable[[int], str], *, includes_usage: bool
-) -> AsyncIterator[dict[str, Any]]:
+async def chunks(chat: Chat, deltas: AsyncIterator[Delta], spell: Spell, *, includes_usage: bool) -> AsyncIterator[dict[str, Any]]:
     """The chunks of a stream; with ``includes_usage`` the last one has the usage and no choices."""
     readers = [chat.make_reader() for _ in chat.requests]
     usage = Usage(len(chat.requests[0].prompt))
@@ -267,7 +266,7 @@ async def chunks(
     wants_logprobs = chat.requests[0].sampling.logprobs is not None
 
     def chunk(index: int, delta: dict[str, Any], values: Sequence[Logprob] = (), reason: str | None = None) -> dict[str, Any]:
-        logprobs = logprobs_of(values, token_text) if wants_logprobs and values else None
+        logprobs = logprobs_of(values, spell) if wants_logprobs and values else None
         made = {**head, "choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}]}
         return {**made, "usage": None} if includes_usage else made
 
@@ -313,16 +312,8 @@ def index_of(delta: Delta) -> int:
     return int(delta.id.rpartition(":")[2])
 
 
-def logprobs_of(values: Sequence[Logprob], token_text: Callable[[int], str]) -> dict[str, Any]:
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = token_text(token)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
-
-    content = [
-        {**entry(value.token_id, value.logprob), "top_logprobs": [entry(token, logprob) for token, logprob in value.top]}
-        for value in values
-    ]
-    return {"content": content, "refusal": None}
+def logprobs_of(values: Sequence[Logprob], spell: Spell) -> dict[str, Any]:
+    return {"content": content_of(values, spell), "refusal": None}
 
 
 def as_dict(message: Message) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swift.engine.base import Delta, Logprob, Request
+from swift.engine.logprobs import Spell, finite
 from swift.serve.chat import Usage, requests_of
 from swift.serve.protocol import CompletionRequest, prompts_of
 
@@ -48,7 +49,7 @@ def ready(
     return Completions(id, request.model, tuple(requests), prompts, count, request.n or 1, echo, request.logprobs is not None, max_tokens)
 
 
-async def whole(made: Completions, deltas: AsyncIterator[Delta], tokenizer: Any) -> dict[str, Any]:
+async def whole(made: Completions, deltas: AsyncIterator[Delta], tokenizer: Any, spell: Spell) -> dict[str, Any]:
     """The response of a request that does not stream."""
     place = {request.id: index for index, request in enumerate(made.requests)}
     texts = [""] * len(place)
@@ -73,7 +74,7 @@ async def whole(made: Completions, deltas: AsyncIterator[Delta], tokenizer: Any)
         if made.echo:
             text = tokenizer.decode(prompt, skip_special_tokens=True) + text
             listed = [*zip(prompt, of_prompt[index], strict=False), *listed]
-        logprobs = logprobs_of(listed, tokenizer) if made.wants_logprobs else None
+        logprobs = logprobs_of(listed, spell) if made.wants_logprobs else None
         choices.append({"index": len(choices), "text": text, "logprobs": logprobs, "finish_reason": reasons[index]})
     return {
         "id": made.id,
@@ -98,7 +99,7 @@ def _best(values: Sequence[Sequence[Logprob]], made: Completions) -> list[int]:
     return indices
 
 
-async def chunks(made: Completions, deltas: AsyncIterator[Delta], tokenizer: Any, *, includes_usage: bool) -> AsyncIterator[dict[str, Any]]:
+async def chunks(made: Completions, deltas: AsyncIterator[Delta], spell: Spell, *, includes_usage: bool) -> AsyncIterator[dict[str, Any]]:
     """The chunks of a stream."""
     place = {request.id: index for index, request in enumerate(made.requests)}
     usages = [Usage(len(prompt)) for prompt in made.prompts]
@@ -109,7 +110,7 @@ async def chunks(made: Completions, deltas: AsyncIterator[Delta], tokenizer: Any
         usages[index // made.num_each].add(delta)
         logprobs = None
         if made.wants_logprobs and delta.logprobs:
-            logprobs = logprobs_of([(value.token_id, value) for value in delta.logprobs], tokenizer, offsets[index])
+            logprobs = logprobs_of([(value.token_id, value) for value in delta.logprobs], spell, offsets[index])
         offsets[index] += len(delta.text)
         if delta.text or delta.finish_reason is not None or logprobs is not None:
             choice = {"index": index, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
@@ -119,19 +120,18 @@ async def chunks(made: Completions, deltas: AsyncIterator[Delta], tokenizer: Any
         yield {**head, "choices": [], "usage": _total(usages, made)}
 
 
-def logprobs_of(listed: Sequence[tuple[int, Logprob | None]], tokenizer: Any, offset: int = 0) -> dict[str, Any]:
+def logprobs_of(listed: Sequence[tuple[int, Logprob | None]], spell: Spell, offset: int = 0) -> dict[str, Any]:
     """OpenAI's older form: parallel lists, one entry for each token."""
-    tokens = [tokenizer.decode([token]) for token, _ in listed]
+    tokens = [spell(token)[0] for token, _ in listed]
     offsets = []
     for text in tokens:
         offsets.append(offset)
         offset += len(text)
     return {
         "tokens": tokens,
-        "token_logprobs": [None if value is None else max(value.logprob, -9999.0) for _, value in listed],
+        "token_logprobs": [None if value is None else finite(value.logprob) for _, value in listed],
         "top_logprobs": [
-            None if value is None else {tokenizer.decode([token]): max(logprob, -9999.0) for token, logprob in value.top}
-            for _, value in listed
+            None if value is None else {spell(token)[0]: finite(logprob) for token, logprob in value.top} for _, value in listed
         ],
         "text_offset": offsets,
     }

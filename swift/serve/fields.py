@@ -8,7 +8,6 @@ from msgspec import Meta, Struct
 from swift.engine.base import Grammar, Sampling
 from swift.serve import limits
 
-MOST_LOGPROBS = 20
 Count = Annotated[int, Meta(ge=0, lt=2**31)]
 AtLeastOne = Annotated[int, Meta(ge=1, lt=2**31)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]

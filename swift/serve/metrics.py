@@ -5,7 +5,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from swift.engine.base import Delta
 
@@ -95,8 +94,3 @@ class Clock:
         if delta.finish_reason is not None:
             metrics.finished[delta.finish_reason] += 1
             metrics.whole.add(now - self._begin)
-
-
-def escape(text: Any) -> str:
-    """A label's value."""
-    return str(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

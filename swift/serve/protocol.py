@@ -1,14 +1,15 @@
 """Requests of the API, as OpenAI documents them. What cannot be honoured here is in ``REFUSED``, each with its reason."""
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from swift.config.generate import MOST_LOGPROBS
 from swift.engine.base import Grammar
 from swift.serve import limits
 from swift.serve.fields import (
-    MOST_LOGPROBS,
     AtLeastOne,
     Count,
     Label,
@@ -143,6 +144,12 @@ class NamedTool(Strict):
     function: FunctionName
 
 
+def check_choice(tool_choice: Any, tools: Sequence[Any] | None) -> None:
+    """ValueError for a ``tool_choice`` that has nothing to choose from."""
+    if tool_choice not in (None, "none") and not tools:
+        raise ValueError("tool_choice needs tools")
+
+
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
@@ -168,8 +175,7 @@ class ChatRequest(SamplingFields, kw_only=True):
         check_free("chat_template_kwargs", self.chat_template_kwargs)
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
-        if self.tool_choice not in (None, "none") and not self.tools:
-            raise ValueError("tool_choice needs tools")
+        check_choice(self.tool_choice, self.tools)
         if isinstance(self.tool_choice, NamedTool):
             names = [tool.function.name for tool in self.tools or []]
             if self.tool_choice.function.name not in names:

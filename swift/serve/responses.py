@@ -10,7 +10,7 @@ from msgspec import Meta, convert
 from swift.engine.base import Delta
 from swift.serve.chat import AnswerReader, Chat, Usage
 from swift.serve.fields import AtLeastOne, JsonObjectFormat, JsonSchema, Label, Metadata, Strict, TextFormat, check_free
-from swift.serve.protocol import ChatRequest, ReasoningEffort
+from swift.serve.protocol import ChatRequest, Function, FunctionName, ReasoningEffort, check_choice
 
 
 class InputText(Strict, tag_field="type", tag="input_text"):
@@ -61,20 +61,12 @@ class Thought(Strict, tag_field="type", tag="reasoning"):
 Item = Said | Called | CallOutput | Thought
 
 
-class FlatTool(Strict):
+class FlatTool(Function, kw_only=True):
     type: Literal["function"]
-    name: Annotated[str, Meta(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-    def __post_init__(self) -> None:
-        check_free("parameters", self.parameters)
 
 
-class FlatToolName(Strict):
+class FlatToolName(FunctionName):
     type: Literal["function"]
-    name: str
 
 
 class FlatSchema(JsonSchema, tag_field="type", tag="json_schema"):
@@ -128,8 +120,7 @@ class ResponsesRequest(Strict, kw_only=True):
     def __post_init__(self) -> None:
         if not isinstance(self.input, str):
             check_free("input", self.input)
-        if self.tool_choice not in (None, "none") and not self.tools:
-            raise ValueError("tool_choice needs tools")
+        check_choice(self.tool_choice, self.tools)
         self.items()
 
     def as_chat(self) -> ChatRequest:

@@ -37,7 +37,7 @@ class NotTaken(Exception):
 
 
 class Faulty(Exception):
-    """The engine does not take the request, for a reason of the engine's."""
+    """The engine does not take or go on with the request, for a reason of the engine's."""
 
 
 class TimedOut(Exception):
@@ -75,6 +75,7 @@ class Runtime:
         self.failure: str | None = None
         self._calls: dict[str, _Call] = {}
         self._process: Any = None
+        self._pipe: Any = None  # to a worker that was launched, and that nobody listens to yet
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._heard_at = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -214,7 +215,9 @@ class Runtime:
         failures = 0
         while self.state != "stopped":
             begin = time.monotonic()
-            self._launch()
+            if self._pipe is None:
+                self.launch()
+            self._attend()
             while not self._gone.is_set():
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._gone.wait(), 1.0)
@@ -235,16 +238,21 @@ class Runtime:
             )
             await asyncio.sleep(wait)
 
-    def _launch(self) -> None:
+    def launch(self) -> None:
+        """Start the worker; what it says is heard from ``start`` on, which does this too if it was not done before."""
         context = multiprocessing.get_context("spawn")
-        mine, theirs = context.Pipe()
-        self._gone.clear()
-        self.failure = None
+        self._pipe, theirs = context.Pipe()
         self._process = context.Process(
             target=worker.work, args=(theirs, self.config, dict(self.adapters)), name="swift-engine", daemon=True
         )
         self._process.start()
         theirs.close()
+
+    def _attend(self) -> None:
+        """Begin to talk with the worker that was launched."""
+        mine, self._pipe = self._pipe, None
+        self._gone.clear()
+        self.failure = None
         self._outbox = queue.SimpleQueue()
         threading.Thread(target=self._write, args=(mine, self._outbox), name="engine-writer", daemon=True).start()
         threading.Thread(target=self._read, args=(mine, self._process, self._outbox), name="engine-reader", daemon=True).start()

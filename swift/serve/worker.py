@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.engine.base import Delta, Request
-from swift.errors import ConfigError, SwiftError
+from swift.errors import ConfigError, DataError, SwiftError, first_line
 
 TAKING_S = 0.05  # of new requests, before those under way get a step
 
@@ -79,7 +79,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Refused:
-    """From the worker: a request that the engine does not take. ``is_fault``: it should have, or have been told before."""
+    """From the worker: a request that the engine does not take or go on with. ``is_fault``: that is not the request's."""
 
     ids: tuple[str, ...]
     message: str
@@ -104,10 +104,13 @@ def work(connection: Connection, config: Any, adapters: Mapping[str, Path]) -> N
         for name, path in adapters.items():
             _change(engine, Adapter("", name, path))
     except SwiftError as problem:
-        connection.send(Failed(f"{problem}" + (f" ({problem.hint})" if problem.hint else "")))
+        connection.send(Failed(_line(problem)))
         return
-    connection.send(Ready(facts))
+    except Exception as problem:
+        connection.send(Failed(f"{type(problem).__name__}: {first_line(problem)}"))
+        raise
     try:
+        connection.send(Ready(facts))
         _serve(connection, engine)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the server is gone
@@ -143,7 +146,10 @@ def _serve(connection: Connection, engine: Any) -> None:
             _take(connection, engine, message)
         if not engine.is_idle:
             deltas = engine.step()
-            connection.send(Stepped(tuple(deltas), _facts(engine)))
+            for delta in deltas:
+                if delta.problem is not None:
+                    connection.send(_refused((delta.id,), delta.problem, is_fault=not isinstance(delta.problem, DataError)))
+            connection.send(Stepped(tuple(delta for delta in deltas if delta.problem is None), _facts(engine)))
 
 
 def _take(connection: Connection, engine: Any, message: Any) -> None:
@@ -162,11 +168,18 @@ def _take(connection: Connection, engine: Any, message: Any) -> None:
             _change(engine, message)
             connection.send(Answered(message.id, None))
     except SwiftError as problem:
-        hint = getattr(problem, "hint", None)
-        connection.send(Refused(_ids(message), f"{problem}" + (f" ({hint})" if hint else "")))
+        connection.send(_refused(_ids(message), problem))
     except Exception as problem:
         traceback.print_exc()
         connection.send(Refused(_ids(message), f"the engine failed at the request: {type(problem).__name__}", is_fault=True))
+
+
+def _refused(ids: tuple[str, ...], problem: SwiftError, *, is_fault: bool = False) -> Refused:
+    return Refused(ids, _line(problem), is_fault)
+
+
+def _line(problem: SwiftError) -> str:
+    return f"{problem}" + (f" ({problem.hint})" if problem.hint else "")
 
 
 def _change(engine: Any, message: Adapter) -> None:

@@ -22,8 +22,9 @@ from swift.data.stream import Stream
 from swift.errors import ConfigError
 from swift.hub import Snapshot
 from swift.hub.cache import cache_root
-from swift.model.load import context_length, load_tokenizer
+from swift.model.load import context_length
 from swift.model.template import read_system, read_template
+from swift.model.tokenizer import load_tokenizer
 from swift.train.optim import warmup_steps
 from swift.train.steps import Steps
 

@@ -20,9 +20,10 @@ from swift.errors import Interrupted, TrainingError
 from swift.files import write_json
 from swift.model.batch import Batch
 from swift.model.checkpoints import adapter_folder, model_reference
-from swift.model.load import Loaded, pad_token_id
+from swift.model.load import Loaded
 from swift.model.norms import use_lean_norms
 from swift.model.policy import Policy, probe_ids
+from swift.model.tokenizer import pad_token_id
 from swift.objectives import OBJECTIVES
 from swift.parallel import STRATEGIES
 from swift.train import checkpoint as checkpoints

@@ -5,12 +5,25 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from swift.errors import CheckpointError
+from swift.errors import CheckpointError, ConfigError
+from swift.model.checkpoints import adapter_folder, model_reference
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 # What training needs to go on, where the adapter does not say it all. PEFT does not read it.
 TUNER_STATE = "tuner_state.safetensors"
+
+
+def base_reference(config: Any) -> str:
+    """The model that ``config`` names, or that its adapter was trained on."""
+    if config.model is not None:
+        return model_reference(config.model)
+    if not config.adapters:
+        raise ConfigError("no model is given", hint="say --model PATH or --adapters RUN")
+    settings = json.loads((adapter_folder(config.adapters[0]) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if not settings.get("base_model_name_or_path"):
+        raise ConfigError(f"the adapter {config.adapters[0]} does not say which model it is for", hint="say --model too")
+    return str(settings["base_model_name_or_path"])
 
 
 def save_adapter(model: Any, path: Path, **arguments: Any) -> None:

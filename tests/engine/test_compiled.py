@@ -1,9 +1,17 @@
 """The compiled kernels beside the same thing written with torch, and their building."""
 
+import _ctypes
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from swift.config.commands import InferConfig
+from swift.config.options import build as build_config
+from swift.engine.answers import answers
+from swift.engine.base import Request, Sampling
+from swift.engine.load import make_engine, source_of
 from swift.engine.native import compiled
 from swift.engine.native.compiled import kernels
 from swift.engine.native.packed import GROUP, CompiledNorm, PackedLinear, pack, pack_model, unpack
@@ -219,3 +227,36 @@ def test_no_compiler_and_one_that_fails(monkeypatch, tmp_path):
     with pytest.raises(MachineError, match=r"cannot build the kernels|does not run"):
         rebuilt(monkeypatch, tmp_path, CXX="false")
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_cache_that_cannot_be_written_is_said(monkeypatch, tmp_path):
+    (tmp_path / "kernels").touch()
+    with pytest.raises(MachineError, match=rf"^the kernels cannot be kept in {tmp_path}/kernels: File exists$"):
+        rebuilt(monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no library", None])
+def test_a_library_that_cannot_be_loaded_is_said(monkeypatch, tmp_path, content):
+    """An empty file, some text, and a library without the kernels."""
+    rebuilt(monkeypatch, tmp_path / "whole")
+    (built,) = (tmp_path / "whole" / "kernels").iterdir()
+    broken = tmp_path / "broken" / "kernels" / built.name
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(Path(_ctypes.__file__).read_bytes() if content is None else content)
+    with pytest.raises(MachineError, match="the kernels cannot be loaded: ") as caught:
+        rebuilt(monkeypatch, tmp_path / "broken")
+    assert str(broken) in caught.value.hint
+    assert "\n" not in str(caught.value)
+
+
+def test_without_kernels_torchs_own_are_used_unless_others_were_asked_for(monkeypatch, tmp_path, tiny_model, capsys):
+    (tmp_path / "kernels").touch()
+    monkeypatch.setenv("SWIFT_CACHE", str(tmp_path))
+    monkeypatch.setattr("swift.engine.native.engine.kernels", kernels.__wrapped__)
+    options = {"model": str(tiny_model), "val_dataset": "none.jsonl"}
+    engine = make_engine(source_of(build_config(InferConfig, ("argument", options))))
+    (answer,) = answers(engine, [Request(id="a", prompt=(5, 6), sampling=Sampling(max_new_tokens=3, temperature=0))])
+    assert len(answer.token_ids) == 3
+    assert "cannot be kept in" in capsys.readouterr().err
+    with pytest.raises(MachineError, match="cannot be kept in"):
+        make_engine(source_of(build_config(InferConfig, ("argument", options | {"weight_format": "int8"}))))

@@ -139,3 +139,34 @@ def test_the_same_seed_gives_the_same_sample(model, tokenizer):
 def test_a_prompt_that_fills_the_context_is_refused(model, tokenizer):
     with pytest.raises(DataError, match="context 5"):
         complete(model, tokenizer, [[4] * 5], Sampling(max_model_len=5))
+
+
+def test_requests_with_less_room_are_answered_as_if_alone(model, tokenizer):
+    """A batch is generated with one length for all, which would be that of the one with the least room: 12 - 9 tokens."""
+    sampling = Sampling(max_new_tokens=12, max_model_len=12, temperature=0)
+    requests = [Request(id=str(length), prompt=(5,) * length, sampling=sampling) for length in (9, 5)]
+    found = list(answers(engine_of(model, tokenizer, max_batch_size=2), requests))
+    assert [len(answer.token_ids) for answer in found] == [3, 7]
+
+
+def test_an_answer_that_ended_before_others_of_its_batch_holds_no_padding(model, tokenizer):
+    prompts = [tuple(ids(tokenizer, text)) for text in PROMPTS]
+    whole = [complete(model, tokenizer, [list(prompt)], Sampling(max_new_tokens=12, temperature=0))[0] for prompt in prompts]
+    sampling = Sampling(max_new_tokens=12, temperature=0, stop_words=(whole[0].text[2:5],))
+    requests = [Request(id=str(number), prompt=prompt, sampling=sampling) for number, prompt in enumerate(prompts)]
+    for size in (1, 2):
+        first = next(iter(answers(engine_of(model, tokenizer, max_batch_size=size), requests)))
+        assert first.token_ids == whole[0].token_ids[: len(first.token_ids)]
+        assert len(first.token_ids) < 12
+
+
+def test_what_no_engine_takes_is_refused(model, tokenizer):
+    engine = engine_of(model, tokenizer)
+    engine.add(Request(id="a", prompt=(5,), sampling=Sampling(max_new_tokens=2)))
+    for request, said in (
+        (Request(id="a", prompt=(5,), sampling=Sampling()), "under way"),
+        (Request(id="b", prompt=(), sampling=Sampling()), "no tokens"),
+        (Request(id="c", prompt=(5,), sampling=Sampling(), adapter="x"), "no adapter 'x'"),
+    ):
+        with pytest.raises(DataError, match=said):
+            engine.add(request)

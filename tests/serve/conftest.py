@@ -56,8 +56,7 @@ class Server:
     @property
     def engine(self):
         """The process id of the engine."""
-        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        children = [int(pid) for task in tasks for pid in task.read_text().split()]
+        children = children_of(self.process.pid)
         (found,) = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         return found
 
@@ -116,6 +115,11 @@ class Server:
                 self.process.kill()
                 self.process.wait()
         self._stream.close()
+
+
+def children_of(pid):
+    """The processes that a process has started."""
+    return [int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
 
 
 def answer_of(connection, method="POST"):

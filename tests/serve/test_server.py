@@ -291,3 +291,11 @@ def test_keys_are_wanted_everywhere_but_for_health(start, tiny_model, tmp_path):
     assert server.get("/health")[0] == 200
     with pytest.raises(APIStatusError):
         OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0).models.list()
+
+
+def test_the_tokens_of_all_prompts_are_counted_once(server):
+    """In usage and in the metrics: two prompts, of which each has two answers."""
+    before = server.metric("swift_prompt_tokens_total")
+    status, body = server.post("/v1/completions", {"model": "tiny", "prompt": [[5, 6, 7], [8]], "max_tokens": 1, "n": 2})
+    assert (status, body["usage"]["prompt_tokens"]) == (200, 4)
+    assert server.metric("swift_prompt_tokens_total") - before == 4

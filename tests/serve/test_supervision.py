@@ -3,11 +3,15 @@
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+
+from tests.serve.conftest import children_of
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Is it snowing?"}], "max_tokens": 4, "temperature": 0}
 LONG = {**CHAT, "max_tokens": 2000, "ignore_eos": True}
@@ -122,3 +126,51 @@ def test_the_engine_ends_with_its_server(server):
     while is_alive(engine):
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def mapped(pid):
+    """The files that a process has in its memory."""
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_each_process_holds_what_it_needs_alone(start, tiny_model):
+    """The one that speaks HTTP does without torch; the engine without the file whose weights it has packed."""
+    server = start(tiny_model, "--served_model_name", "tiny").wait()
+    assert server.post("/v1/chat/completions", CHAT)[0] == 200
+    assert "libtorch" not in mapped(server.process.pid)
+    assert "PyTorch" not in server.log
+    assert "libtorch" in mapped(server.engine)
+    assert str(tiny_model) not in mapped(server.engine)
+    server.end()
+
+
+def test_a_server_that_is_ended_while_it_starts_leaves_no_engine(tiny_model):
+    words = [sys.executable, "-m", "swift.cli", "deploy", "--model", str(tiny_model), "--port", "0"]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    while not (engine := [pid for pid in children_of(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    assert not is_alive(engine[0])
+
+
+def test_what_another_server_refuses_or_loses_is_told_to_its_request_alone(start, tiny_model):
+    server = start(tiny_model, "--served_model_name", "tiny").wait()
+    options = ("--infer_backend", "remote", "--remote_url", f"{server.url}/v1", "--served_model_name", "tiny")
+    before = start(tiny_model, *options).wait()
+    refused = {**CHAT, "structured_outputs": {"regex": "("}}
+    status, body = before.post("/v1/chat/completions", refused)
+    assert (status, body["error"]["code"]) == (400, "unsupported_value")
+    assert "cannot be read" in body["error"]["message"]
+    threads, found = asked(before)
+    server.until(lambda: server.get("/health")[1]["requests"] == 3)
+    os.kill(server.engine, signal.SIGKILL)
+    for thread in threads:
+        thread.join()
+    assert [(status, body["error"]["code"]) for status, body in found] == [(500, "engine_error")] * 3
+    server.wait()
+    assert before.post("/v1/chat/completions", CHAT)[0] == 200
+    assert before.get("/health")[1]["restarts"] == 0
+    before.end()
+    server.end()

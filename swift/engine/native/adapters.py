@@ -99,7 +99,7 @@ class Adapters:
         self._tables: WeakKeyDictionary[Adapter, np.ndarray] = WeakKeyDictionary()
         self._count = 0
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._loaded
 
     def salt(self, name: str) -> bytes:

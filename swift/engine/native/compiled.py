@@ -33,7 +33,7 @@ SIGNATURES = {
 
 @cache
 def kernels() -> Any:
-    """The built library, a ctypes one whose functions are those of SIGNATURES. MachineError if it cannot be built, with the reason."""
+    """The built library, a ctypes one whose functions are those of SIGNATURES. MachineError if it cannot be built or loaded."""
     compiler = _compiler()
     sources = sorted(SOURCES.glob("*.cpp"))
     texts = [path.read_bytes() for path in [*sources, *sorted(SOURCES.glob("*.h"))]]
@@ -43,15 +43,22 @@ def kernels() -> Any:
     name = hashlib.sha256(b"\0".join([*texts, " ".join([compiler, *FLAGS]).encode(), version.encode(), target.encode()])).hexdigest()[:24]
     built = cache_root() / "kernels" / f"{name}.so"
     if not built.is_file():
-        built.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=built.parent) as folder:
-            partial = Path(folder) / "kernels.so"
-            _run([compiler, *FLAGS, *map(str, sources), "-o", str(partial)])
-            partial.replace(built)
-    library = ctypes.CDLL(str(built))
-    for function, types in SIGNATURES.items():
-        getattr(library, function).argtypes = types
-        getattr(library, function).restype = _INT if function == "panel_width" else None
+        try:
+            built.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".building-", dir=built.parent) as folder:
+                partial = Path(folder) / "kernels.so"
+                _run([compiler, *FLAGS, *map(str, sources), "-o", str(partial)])
+                partial.replace(built)
+        except OSError as problem:
+            message = f"the kernels cannot be kept in {built.parent}: {problem.strerror or problem}"
+            raise MachineError(message, hint="SWIFT_CACHE names another place for the cache") from None
+    try:
+        library = ctypes.CDLL(str(built))
+        for function, types in SIGNATURES.items():
+            getattr(library, function).argtypes = types
+            getattr(library, function).restype = _INT if function == "panel_width" else None
+    except (OSError, AttributeError) as problem:
+        raise MachineError(f"the kernels cannot be loaded: {problem}", hint=f"remove {built}; they are built anew") from None
     return library
 
 

@@ -1,7 +1,8 @@
 """The native engine: requests in, deltas out, one forward pass a step."""
 
+import contextlib
+import ctypes
 import secrets
-from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from swift import console
 from swift.config.generate import GenerateConfig
-from swift.engine.base import Delta, FinishReason, Logprob, Request, Sampling, resolved
+from swift.engine.base import Delta, Logprob, Request, Sampling, resolved
+from swift.engine.growing import Growing, check_request, decoder, room_after
 from swift.engine.native.blocks import ROOT, Blocks
 from swift.engine.native.compiled import kernels
 from swift.engine.native.guide import Guides
@@ -56,8 +58,7 @@ class _Answer:
     sampling: Sampling
     sequence: Sequence
     chooser: Chooser
-    writer: Writer
-    room: int  # tokens that the answer may have
+    growing: Growing
     guesser: Guesser = field(default_factory=Guesser)
     prompt_logprobs: list[Logprob | None] = field(default_factory=list)
     has_begun: bool = False
@@ -103,26 +104,17 @@ class NativeEngine:
 
     def add(self, request: Request) -> None:
         """See Engine."""
-        if request.id in self._answers:
-            raise DataError(f"the request {request.id} is under way")
-        if request.adapter is not None and request.adapter not in self.runner.adapters:
-            raise DataError(f"no adapter {request.adapter!r} is loaded")
+        check_request(request, self._answers, self.runner.adapters)
         sampling = resolved(request.sampling, self._generation_config)
-        length = len(request.prompt)
         cached = self.scheduler.blocks.num_blocks * self.options.block_size
-        limit = min(self.max_model_len, sampling.max_model_len or self.max_model_len, cached)
-        room = min(sampling.max_new_tokens, limit - length)
         media = request.media
         if media is not None and self.runner.vision is None:
             raise DataError("the model reads text only: there is an image in the prompt")
         if media is not None and request.adapter is not None and not self.runner.vision.takes(self.runner.adapters.layers(request.adapter)):
             raise DataError(f"the adapter {request.adapter!r} changes how images are seen", hint="merge it: swift merge-lora")
-        if not request.prompt:
-            raise DataError("the prompt has no tokens")
         if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocabulary:
             raise DataError(f"the prompt has tokens beyond the model's {self._vocabulary}")
-        if room < 1:
-            raise DataError(f"the prompt has {length} tokens, the model's context {limit}", hint="shorten it")
+        room = room_after(len(request.prompt), sampling, min(self.max_model_len, cached))
         salt = ROOT if request.adapter is None else self.runner.adapters.salt(request.adapter)
         sequence = Sequence(
             request.id,
@@ -141,8 +133,9 @@ class NativeEngine:
             ends=tuple(sorted({*ends, *sampling.stop_token_ids})),
             guide=None if sampling.grammar is None else self._guides.make(sampling.grammar),
         )
-        writer = Writer(self._decoder(sampling.skip_special_tokens), sampling.stop_words)
-        self._answers[request.id] = _Answer(request, sampling, sequence, chooser, writer, room)
+        writer = Writer(decoder(self.loaded.tokenizer, skip_special_tokens=sampling.skip_special_tokens), sampling.stop_words)
+        growing = Growing(request.id, writer, chooser.ends, room)
+        self._answers[request.id] = _Answer(request, sampling, sequence, chooser, growing)
         self.scheduler.add(sequence)
 
     @property
@@ -272,57 +265,19 @@ class NativeEngine:
 
     def _progress(self, answer: _Answer, tokens: list[int], values: list[Logprob]) -> Delta:
         """Tokens are added to an answer, as many as belong to it; it is taken away if they end it."""
-        chooser, text = answer.chooser, ""
-        kept: list[int] = []
-        reason: FinishReason | None = None
-        stopped_by: int | str | None = None
-        for token in tokens:
-            kept.append(token)
-            try:
-                chooser.accept(token)
-            except DataError as problem:  # a grammar that grew too large for its library: the others go on
-                assert answer.sampling.grammar is not None
-                self._guides.forget(answer.sampling.grammar)
-                reason, stopped_by = "abort", str(problem)
-                break
-            if token in chooser.ends:
-                reason, stopped_by = "stop", token
-                break
-            text += answer.writer.add([token])
-            if answer.writer.stopped_by is not None:
-                reason, stopped_by = "stop", answer.writer.stopped_by
-            elif chooser.guide is not None and chooser.guide.is_finished():
-                reason = "stop"
-            elif chooser.num_tokens >= answer.room:
-                reason = "length"
-            if reason is not None:
-                break
-        if reason is not None:
-            text += answer.writer.end()
-            if answer.writer.stopped_by is not None and stopped_by is None:
-                reason, stopped_by = "stop", answer.writer.stopped_by
+        chooser = answer.chooser
+        delta = answer.growing.add(tokens, values, follow=chooser.accept)
+        if delta.finish_reason is not None:
             self.abort(answer.request.id)
         elif self.options.num_guessed and chooser.is_plain:
-            most = min(self.options.num_guessed, answer.room - chooser.num_tokens - 1)
+            most = min(self.options.num_guessed, answer.growing.room - chooser.num_tokens - 1)
             answer.sequence.draft = answer.guesser.guess(answer.sequence.tokens, most) if most > 0 else []
         begins, answer.has_begun = not answer.has_begun, True
         if begins:
             self.num_prompt_tokens += answer.sequence.num_prompt
             self.num_cached_tokens += answer.sequence.num_cached
-        return Delta(
-            id=answer.request.id,
-            text=text,
-            token_ids=tuple(kept),
-            logprobs=tuple(values[: len(kept)]),
-            prompt_logprobs=tuple(answer.prompt_logprobs) if begins and answer.sampling.prompt_logprobs is not None else None,
-            finish_reason=reason,
-            stopped_by=stopped_by,
-            num_cached=answer.sequence.num_cached,
-        )
-
-    def _decoder(self, skip_special_tokens: bool) -> Callable[[list[int]], str]:
-        tokenizer: Any = self.loaded.tokenizer
-        return lambda ids: tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) if ids else ""
+        noted = tuple(answer.prompt_logprobs) if begins and answer.sampling.prompt_logprobs is not None else None
+        return replace(delta, prompt_logprobs=noted, num_cached=answer.sequence.num_cached)
 
 
 def make(loaded: Loaded, config: GenerateConfig) -> NativeEngine:
@@ -336,7 +291,28 @@ def make(loaded: Loaded, config: GenerateConfig) -> NativeEngine:
         shares_prefixes=config.enable_prefix_caching,
         num_guessed=config.num_speculative_tokens,
     )
-    return NativeEngine(_merged(loaded), options)
+    loaded = _merged(loaded)
+    if options.weights is None:
+        return NativeEngine(loaded, options)
+    _copy_what_stays(loaded.model)
+    engine = NativeEngine(loaded, options)
+    _give_back_memory()
+    return engine
+
+
+def _copy_what_stays(model: Any) -> None:
+    """Weights that are not packed get memory of their own: they are parts of the mapped file, which one of them would hold whole."""
+    packed = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    packed.discard(id(model.get_input_embeddings().weight))  # of which the head may be a second use
+    for weight in (*model.parameters(), *model.buffers()):
+        if id(weight) not in packed:
+            weight.data = weight.data.clone()
+
+
+def _give_back_memory() -> None:
+    """What packing took for a moment, which glibc keeps otherwise: some 160 MB of a model of 540."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _merged(loaded: Loaded) -> Loaded:

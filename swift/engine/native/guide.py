@@ -1,6 +1,7 @@
 """Grammars that an answer keeps to, by llguidance."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from swift import deps
 from swift.engine.base import Grammar
 from swift.engine.native.grammar import library_text
-from swift.errors import DataError
+from swift.errors import DataError, first_line
 
 KEPT = 64  # grammars of earlier requests whose compiled form is kept
 
@@ -35,25 +36,25 @@ class Guides:
             try:
                 matcher = library.LLMatcher(self._of_library, library_text(grammar, library.LLMatcher), log_level=0)
             except ValueError as problem:
-                raise DataError(f"the {grammar.kind} cannot be read: {_first_line(problem)}") from None
+                raise DataError(f"the {grammar.kind} cannot be read: {first_line(problem)}") from None
             if matcher.is_error():
-                raise DataError(f"the {grammar.kind} cannot be read: {_first_line(matcher.get_error())}")
+                raise DataError(f"the {grammar.kind} cannot be read: {first_line(matcher.get_error())}")
             self._matchers[grammar] = matcher
             if len(self._matchers) > KEPT:
                 self._matchers.popitem(last=False)
         self._matchers.move_to_end(grammar)
-        return LlGuide(self._matchers[grammar].deep_copy())
-
-    def forget(self, grammar: Grammar) -> None:
-        """It was given up: what is compiled of it, which answers share, may be of no use for another."""
-        self._matchers.pop(grammar, None)
+        return LlGuide(self._matchers[grammar].deep_copy(), lambda: self._matchers.pop(grammar, None))
 
 
 class LlGuide:
-    """One answer under a grammar."""
+    """One answer under a grammar.
 
-    def __init__(self, matcher: Any) -> None:
+    ``forget`` drops what is compiled of it: when the library gave up, that may be of no use for other answers, which share it.
+    """
+
+    def __init__(self, matcher: Any, forget: Callable[[], object]) -> None:
         self._matcher = matcher
+        self._forget = forget
 
     def allowed(self, num_tokens: int) -> Tensor:
         """(num_tokens,) bool: what may come next."""
@@ -61,19 +62,17 @@ class LlGuide:
         return mask[:num_tokens] != 0
 
     def accept(self, token: int) -> None:
-        """``token`` came next."""
+        """``token`` came next. Raises DataError if the library gave up."""
         if not self._matcher.consume_token(token):
-            raise DataError(f"the grammar does not take token {token}: {_first_line(self._matcher.get_error())}")
+            self._forget()
+            raise DataError(f"the grammar does not take token {token}: {first_line(self._matcher.get_error())}")
 
     def end(self) -> None:
         """The answer ended. Raises DataError if only since the library gave up, after which it allows nothing but the end."""
         if self._matcher.is_error():
-            raise DataError(f"the grammar cannot be kept to: {_first_line(self._matcher.get_error())}")
+            self._forget()
+            raise DataError(f"the grammar cannot be kept to: {first_line(self._matcher.get_error())}")
 
     def is_finished(self) -> bool:
         """Whether nothing can follow but the end."""
         return bool(self._matcher.is_stopped())
-
-
-def _first_line(problem: object) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

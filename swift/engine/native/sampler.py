@@ -51,8 +51,8 @@ class Chooser:
         penalties = sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty != 1
         return not (any(penalties) or sampling.logit_bias or self.guide or self.num_tokens < sampling.min_new_tokens)
 
-    def accept(self, token: int) -> None:
-        """``token`` was chosen. Raises DataError if the grammar was given up."""
+    def accept(self, token: int) -> bool:
+        """``token`` was chosen; whether a grammar is complete with it. Raises DataError if the grammar was given up."""
         self.num_tokens += 1
         self.counts[token] += 1
         if self.guide is not None:
@@ -60,6 +60,7 @@ class Chooser:
                 self.guide.end()
             else:
                 self.guide.accept(token)
+        return self.guide is not None and self.guide.is_finished()
 
     def change(self, logits_V: Tensor) -> None:
         """Penalties, bias, grammar and the least length, in place."""

@@ -19,9 +19,8 @@ from swift.engine.media import FAULTS, ImagePrompts, image_inputs
 from swift.engine.native.pages import PagedCache, Pages, Piece
 from swift.engine.native.runner import Runner
 from swift.engine.native.scheduler import Part, Sequence
-from swift.errors import DataError, ModelError
+from swift.errors import DataError, ModelError, first_line
 from swift.model.attention import PREFIX
-from swift.model.load import first_line
 from swift.model.policy import evaluating, is_close
 
 # T tokens of a prompt or of the row, D model width, A axes of a position
