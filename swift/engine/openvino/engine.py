@@ -22,19 +22,29 @@ class Format:
 
     weights: str
     cache: str
-    cache_bytes: float
+    cache_bytes: int
     rounds_activations: bool = False
 
 
-# In u8 each head of a token has a scale besides.
+ACTIVATIONS = 32  # that share a scale where they are rounded
 FORMATS = {
     "fp32": Format("fp32", "f32", 4),
     "fp16": Format("fp16", "f16", 2),
     "int8": Format("int8", "f16", 2),
-    "w8a8": Format("int8", "u8", 1.25, rounds_activations=True),
+    "w8a8": Format("int8", "f16", 2, rounds_activations=True),
 }
 REASONS: dict[str, FinishReason] = {"STOP": "stop", "LENGTH": "length"}
 KNOWN = frozenset("min_new_tokens temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty seed".split())
+
+
+def properties(kind: Format, num_threads: int) -> dict[str, str | int]:
+    """What OpenVINO's plugin for processors is told."""
+    return {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": kind.cache,
+        "INFERENCE_NUM_THREADS": num_threads,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": ACTIVATIONS if kind.rounds_activations else 0,
+    }
 
 
 class OpenVinoEngine:
@@ -58,10 +68,7 @@ class OpenVinoEngine:
         scheduler.max_num_batched_tokens = max(config.max_num_batched_tokens, scheduler.max_num_seqs)
         scheduler.dynamic_split_fuse = True
         scheduler.enable_prefix_caching = config.enable_prefix_caching
-        properties = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": kind.cache, "INFERENCE_NUM_THREADS": num_threads}
-        if not kind.rounds_activations:
-            properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
-        self._pipeline = genai.ContinuousBatchingPipeline(model.path, scheduler, "CPU", properties)
+        self._pipeline = genai.ContinuousBatchingPipeline(model.path, scheduler, "CPU", properties(kind, num_threads))
         # One block stays free: the scheduler wants one more than a sequence fills.
         self.max_model_len = min(self.max_model_len, (num_blocks - 1) * BLOCK)
         if self.max_model_len < 2:
