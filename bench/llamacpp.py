@@ -2,9 +2,9 @@
 
     python llamacpp.py model.gguf job.json
 
-The job names `pieces` (token ids), `logits` (the file that they go to, float32 numbers, (tokens of all pieces, vocabulary)), `batch` (numbers of
-answers at once), `prompt` and `answer` (tokens of each) and `threads`. One line of JSON comes out: tokens per CPU second of
-each batch.
+The job names `pieces` (token ids), `logits` (the file that they go to: float32, tokens of all pieces times vocabulary), `batch`
+(numbers of answers at once), `prompt` and `answer` (tokens of each) and `threads`. One line of JSON comes out: tokens per CPU
+second of each batch.
 """
 
 import ctypes

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from swift import console
 from swift.engine.base import Delta, FinishReason, Request
 from swift.engine.openvino import library
 from swift.engine.openvino.convert import Converted, converted
@@ -61,6 +62,8 @@ class OpenVinoEngine:
                 hint=f"--max_model_len {model.window}, or --infer_backend native",
             )
         kind = FORMATS[config.openvino_weight_format]
+        if kind.rounds_activations and not has_vnni():
+            console.say(f"this processor has no VNNI: {config.openvino_weight_format} computes what int8 does")
         num_blocks = int(config.kv_cache_gib * 2**30 / (model.values_per_token * kind.cache_bytes * BLOCK))
         scheduler = genai.SchedulerConfig()
         scheduler.num_kv_blocks = num_blocks
@@ -121,6 +124,11 @@ class OpenVinoEngine:
         for id in list(self._answers):
             self.abort(id)
         self._pipeline = None
+
+
+def has_vnni() -> bool:
+    """Whether the processor multiplies bytes, without which OpenVINO leaves activations in float32."""
+    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_vnni", "avx_vnni"))
 
 
 def generation_config(answer: Answer) -> Any:
