@@ -107,7 +107,7 @@ SERVERS = {
         f"swift openvino {format}": swift(
             "--enable_prefix_caching", "false", "--infer_backend", "openvino", "--openvino_weight_format", format
         )
-        for format in ("fp32", "fp16", "w8a8")
+        for format in ("fp32", "fp16", "int8", "w8a8")
     },
     "swift generate": swift(
         "--torch_dtype", "float32", "--infer_backend", "transformers", extra=lambda tokens: {**COUNTED, "min_tokens": tokens}

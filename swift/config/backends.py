@@ -31,7 +31,7 @@ class BackendsConfig(Config):
 
     openvino_weight_format: str = opt(
         "fp16",
-        "precision of the weights; w8a8 is int8 with activations and keys rounded to 8 bits too: the fastest, and the least exact",
+        "precision of the weights; int8 is faster and a little less exact; w8a8 rounds activations too, where the processor has VNNI",
         choices=("fp32", "fp16", "int8", "w8a8"),
     )
     llamacpp_n_ctx: int | None = opt(None, "tokens of all answers under way together; by default the model's context", minimum=2)

@@ -29,11 +29,11 @@ from swift.errors import ModelError
 from swift.files import new_folder, write_json
 from swift.hub.cache import cache_root
 
-VERSION = 1  # of what is written; part of its name in the cache
+VERSION = 2  # of what is written; part of its name in the cache
 MODEL_FILE = "openvino_model.xml"
 FACTS_FILE = "swift.json"
 ATTENTION = "swift_openvino"
-GROUP = 64  # weights of a row that share a scale, in int8; the whole row where its length is no multiple
+GROUP = 32  # weights of a row that share a scale, in int8; the whole row where its length is no multiple
 TOLERANCE = 1e-3  # of the largest logit: float32 here and there, added up in another order
 
 
@@ -77,6 +77,7 @@ def _convert(source: Source, weight_format: str, path: Path) -> None:
         warnings.simplefilter("ignore")  # of tracing: what it takes for constant is constant, as the comparison shows
         traced = _traced(model, shapes)
     made = _stateful(traced, shapes)
+    _join(made)
     _compare(model, made, source.path)
     if weight_format == "int8":
         _to_int8(made)
@@ -241,6 +242,30 @@ def _stateful(model: Any, shapes: list[tuple[int, int]]) -> Any:
     return model
 
 
+def _join(model: Any) -> None:
+    """Make one product of those that read the same input (queries, keys and values; gate and up): each call has its price."""
+    ov = library("openvino")
+    op = ov.opset13
+
+    reading: dict[tuple[str, int], list[Any]] = {}
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "MatMul" and _is_matrix(node.input_value(1)) and node.get_attributes()["transpose_b"]:
+            given = node.input_value(0)
+            reading.setdefault((given.get_node().get_friendly_name(), given.get_index()), []).append(node)
+    for nodes in reading.values():
+        if len(nodes) == 1:
+            continue
+        parts = [node.input_value(1).get_node() for node in nodes]
+        weights = op.constant(np.concatenate([part.data for part in parts]))
+        weights.set_friendly_name(" + ".join(part.get_friendly_name() for part in parts))
+        whole = op.matmul(nodes[0].input_value(0), weights, False, True)
+        split = op.variadic_split(whole, op.constant(np.int64(-1)), op.constant(np.array([part.get_output_shape(0)[0] for part in parts])))
+        for index, node in enumerate(nodes):
+            for reader in list(node.output(0).get_target_inputs()):
+                reader.replace_source_output(split.output(index))
+    model.validate_nodes_and_infer_types()
+
+
 def _compare(model: Any, made: Any, path: Path) -> None:
     """ModelError unless ``made`` gives the logits of ``model`` for 24 tokens and for one after them."""
     ov = library("openvino")
@@ -273,9 +298,15 @@ def _matrices(model: Any) -> Iterator[tuple[Any, str]]:
         if at is None:
             continue
         output = node.input_value(at)
-        constant = output.get_node()
-        if constant.get_type_name() == "Constant" and constant.get_element_type().to_string() == "f32" and len(output.get_shape()) == 2:
-            yield output, constant.get_friendly_name()
+        if _is_matrix(output):
+            yield output, output.get_node().get_friendly_name()
+
+
+def _is_matrix(output: Any) -> bool:
+    constant = output.get_node()
+    return (
+        constant.get_type_name() == "Constant" and constant.get_element_type().to_string() == "f32" and len(output.get_partial_shape()) == 2
+    )
 
 
 def _to_int8(model: Any) -> None:

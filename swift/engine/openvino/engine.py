@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from swift import console
 from swift.engine.base import Delta, FinishReason, Request
 from swift.engine.openvino import library
 from swift.engine.openvino.convert import Converted, converted
@@ -22,19 +23,29 @@ class Format:
 
     weights: str
     cache: str
-    cache_bytes: float
+    cache_bytes: int
     rounds_activations: bool = False
 
 
-# In u8 each head of a token has a scale besides.
+ACTIVATIONS = 32  # that share a scale where they are rounded
 FORMATS = {
     "fp32": Format("fp32", "f32", 4),
     "fp16": Format("fp16", "f16", 2),
     "int8": Format("int8", "f16", 2),
-    "w8a8": Format("int8", "u8", 1.25, rounds_activations=True),
+    "w8a8": Format("int8", "f16", 2, rounds_activations=True),
 }
 REASONS: dict[str, FinishReason] = {"STOP": "stop", "LENGTH": "length"}
 KNOWN = frozenset("min_new_tokens temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty seed".split())
+
+
+def properties(kind: Format, num_threads: int) -> dict[str, str | int]:
+    """What OpenVINO's plugin for processors is told."""
+    return {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": kind.cache,
+        "INFERENCE_NUM_THREADS": num_threads,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": ACTIVATIONS if kind.rounds_activations else 0,
+    }
 
 
 class OpenVinoEngine:
@@ -51,6 +62,8 @@ class OpenVinoEngine:
                 hint=f"--max_model_len {model.window}, or --infer_backend native",
             )
         kind = FORMATS[config.openvino_weight_format]
+        if kind.rounds_activations and not has_vnni():
+            console.say(f"this processor has no VNNI: {config.openvino_weight_format} computes what int8 does")
         num_blocks = int(config.kv_cache_gib * 2**30 / (model.values_per_token * kind.cache_bytes * BLOCK))
         scheduler = genai.SchedulerConfig()
         scheduler.num_kv_blocks = num_blocks
@@ -58,10 +71,7 @@ class OpenVinoEngine:
         scheduler.max_num_batched_tokens = max(config.max_num_batched_tokens, scheduler.max_num_seqs)
         scheduler.dynamic_split_fuse = True
         scheduler.enable_prefix_caching = config.enable_prefix_caching
-        properties = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": kind.cache, "INFERENCE_NUM_THREADS": num_threads}
-        if not kind.rounds_activations:
-            properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
-        self._pipeline = genai.ContinuousBatchingPipeline(model.path, scheduler, "CPU", properties)
+        self._pipeline = genai.ContinuousBatchingPipeline(model.path, scheduler, "CPU", properties(kind, num_threads))
         # One block stays free: the scheduler wants one more than a sequence fills.
         self.max_model_len = min(self.max_model_len, (num_blocks - 1) * BLOCK)
         if self.max_model_len < 2:
@@ -114,6 +124,11 @@ class OpenVinoEngine:
         for id in list(self._answers):
             self.abort(id)
         self._pipeline = None
+
+
+def has_vnni() -> bool:
+    """Whether the processor multiplies bytes, without which OpenVINO leaves activations in float32."""
+    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_vnni", "avx_vnni"))
 
 
 def generation_config(answer: Answer) -> Any:
