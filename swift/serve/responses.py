@@ -212,8 +212,8 @@ class Writer:
             else:
                 events += self._call(part["tool_calls"][0])
         if delta.finish_reason is not None:
-            events += self._close()
             is_cut = delta.finish_reason == "length"
+            events += self._close("incomplete" if is_cut else "completed")
             self._status = "incomplete" if is_cut else "completed"
             self._details = {"reason": "max_output_tokens"} if is_cut else None
             events.append(self._event(f"response.{self._status}", response=self.body()))
@@ -290,11 +290,11 @@ class Writer:
         events.append(self._event("response.output_item.added", output_index=len(self._output) - 1, item=_copied(self._last)))
         return events
 
-    def _close(self) -> list[dict[str, Any]]:
+    def _close(self, status: str = "completed") -> list[dict[str, Any]]:
         if self._open is None:
             return []
         item, events = self._last, []
-        item["status"] = "completed"
+        item["status"] = status
         if self._open == "message":
             text = item["content"][0]["text"]
             events.append(self._event("response.output_text.done", **self._place, content_index=0, text=text, logprobs=[]))

@@ -215,15 +215,13 @@ class Runtime:
         failures = 0
         while self.state != "stopped":
             begin = time.monotonic()
-            if self._pipe is None:
-                self.launch()
-            self._attend()
-            while not self._gone.is_set():
-                with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._gone.wait(), 1.0)
-                if self.state == "ready" and self._calls and time.monotonic() - self._heard_at > self.hang_s:
-                    console.warn(f"the engine said nothing for {self.hang_s:g} s and is started again")
-                    self._process.kill()
+            try:
+                if self._pipe is None:
+                    self.launch()
+            except OSError as problem:  # no memory or no processes are left for it
+                self.failure = f"it cannot be launched: {problem.strerror or problem}"
+            else:
+                await self._attended()
             lived = time.monotonic() - begin
             was_ready = self._ready.is_set()
             self._ready.clear()
@@ -241,21 +239,30 @@ class Runtime:
     def launch(self) -> None:
         """Start the worker; what it says is heard from ``start`` on, which does this too if it was not done before."""
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=worker.work, args=(theirs, self.config, dict(self.adapters)), name="swift-engine", daemon=True
-        )
-        self._process.start()
-        theirs.close()
+        mine, theirs = context.Pipe()
+        process = context.Process(target=worker.work, args=(theirs, self.config, dict(self.adapters)), name="swift-engine", daemon=True)
+        with theirs:
+            try:
+                process.start()
+            except OSError:
+                mine.close()
+                raise
+        self._pipe, self._process = mine, process
 
-    def _attend(self) -> None:
-        """Begin to talk with the worker that was launched."""
+    async def _attended(self) -> None:
+        """Talk with the worker that was launched, until it ends or is given up."""
         mine, self._pipe = self._pipe, None
         self._gone.clear()
         self.failure = None
         self._outbox = queue.SimpleQueue()
         threading.Thread(target=self._write, args=(mine, self._outbox), name="engine-writer", daemon=True).start()
         threading.Thread(target=self._read, args=(mine, self._process, self._outbox), name="engine-reader", daemon=True).start()
+        while not self._gone.is_set():
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._gone.wait(), 1.0)
+            if self.state == "ready" and self._calls and time.monotonic() - self._heard_at > self.hang_s:
+                console.warn(f"the engine said nothing for {self.hang_s:g} s and is started again")
+                self._process.kill()
 
     def _write(self, connection: Any, outbox: "queue.SimpleQueue[Any]") -> None:
         """A thread: hands on what is said to the worker, which may be computing, or hang."""

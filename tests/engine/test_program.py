@@ -77,6 +77,13 @@ def test_a_list_that_does_not_give_the_models_results_is_not_used(monkeypatch):
     assert runner.why_no_program == "its results are not those of the model"
 
 
+def test_an_operation_in_an_unknown_form_is_left_to_the_model(monkeypatch):
+    monkeypatch.setattr(instructions.Encoder, "_mul", lambda self, step, a: [])
+    runner = Runner(build("llama"), PagedCache(1, 4), "float32")
+    assert runner.program is None
+    assert runner.why_no_program.startswith("it cannot be watched: ")
+
+
 class Toy(nn.Module):
     """A decoder without layers, whose hidden states are ``act`` of embeddings (1, T, 12) and positions (1, T)."""
 

@@ -141,6 +141,7 @@ def test_an_echo_gives_the_log_probabilities_of_the_prompt(client):
 def test_a_response_streams_and_comes_whole(client):
     whole = client.responses.create(model="tiny", input="Is it snowing?", max_output_tokens=8, temperature=0, instructions="Be brief.")
     assert whole.status in ("completed", "incomplete")
+    assert whole.output[-1].status == whole.status
     events = list(
         client.responses.create(
             model="tiny", input="Is it snowing?", max_output_tokens=8, temperature=0, instructions="Be brief.", stream=True

@@ -1,5 +1,7 @@
 """An engine that is killed, hangs or fails: its requests are told, others go on, and /health and /ready say how it is."""
 
+import asyncio
+import errno
 import os
 import resource
 import signal
@@ -174,3 +176,23 @@ def test_what_another_server_refuses_or_loses_is_told_to_its_request_alone(start
     assert before.get("/health")[1]["restarts"] == 0
     before.end()
     server.end()
+
+
+def test_an_engine_that_the_system_does_not_launch_is_tried_again(monkeypatch):
+    """As when no memory is left for another process."""
+    from swift.serve.runtime import Runtime, Unavailable
+
+    async def scenario():
+        runtime = Runtime(None, max_requests=1)
+        monkeypatch.setattr("multiprocessing.context.SpawnProcess.start", fail)
+        await runtime.start()
+        while runtime.num_restarts < 2:  # at once, and after a second
+            await asyncio.sleep(0.05)
+        with pytest.raises(Unavailable, match="it cannot be launched: Cannot allocate memory"):
+            runtime.check_room(1)
+        await runtime.stop()
+
+    def fail(process):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))

@@ -296,6 +296,8 @@ def make(loaded: Loaded, config: GenerateConfig) -> NativeEngine:
         return NativeEngine(loaded, options)
     _copy_what_stays(loaded.model)
     engine = NativeEngine(loaded, options)
+    if engine.runner.program is None:
+        console.say(f"the model's own forward runs between the kernels, which is slower: {engine.runner.why_no_program}")
     _give_back_memory()
     return engine
 

@@ -22,10 +22,12 @@ from swift.engine.native.instructions import NUM_INPUTS, WORDS, Encoder, Slots, 
 from swift.engine.native.packed import CompiledNorm, PackedLinear
 from swift.engine.native.pages import PagedCache, Pages, Piece
 from swift.engine.native.tape import Step, Tape, Untraceable, View, needed
+from swift.errors import first_line
 from swift.model.attention import NO_MASK_SHAPE
 from swift.model.policy import Policy, is_close, probe_ids
 
 ROWS = (3, 5, 9)  # of the passes that are noted
+FAULTS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 # T rows, D width of the hidden states
 
@@ -160,6 +162,8 @@ def program_of(policy: Policy) -> tuple[Program | None, str]:
             raise Untraceable("its results are not those of the model")
     except Untraceable as problem:
         return None, str(problem)
+    except FAULTS as problem:  # of models that nobody has seen: the list is a matter of speed, not worth an engine
+        return None, f"it cannot be watched: {first_line(problem)}"
     return program, ""
 
 
