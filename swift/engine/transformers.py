@@ -198,7 +198,8 @@ def stream(model: Any, tokenizer: Any, prompt: Sequence[int], sampling: Sampling
             yield token
     finally:
         closed.set()
-        thread.join()
+        if threading.current_thread() is not thread:  # where the collector may find an answer that was let go
+            thread.join()
     if failure:
         raise failure[0]
 

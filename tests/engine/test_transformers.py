@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -114,6 +116,25 @@ def test_a_closed_stream_stops_the_generation(model, tokenizer):
     pieces = stream(model, tokenizer, ids(tokenizer, PROMPTS[0]), Sampling(max_new_tokens=1500, temperature=1.0))
     next(pieces)
     pieces.close()  # joins the thread: it would take long if it went on
+
+
+def test_an_answer_that_is_let_go_where_it_is_generated_stops(model, tokenizer):
+    """As when Python's collector finds it while it runs in that thread."""
+    sampling = Sampling(max_new_tokens=400, min_new_tokens=400, temperature=0)
+    tokens = stream(model, tokenizer, ids(tokenizer, PROMPTS[0]), sampling)
+    has_begun, is_closed = threading.Event(), threading.Event()
+
+    def let_go(*_):
+        if has_begun.is_set() and not is_closed.is_set():
+            tokens.close()
+            is_closed.set()
+
+    hook = model.register_forward_pre_hook(let_go)
+    next(tokens)
+    has_begun.set()
+    assert is_closed.wait(30)
+    hook.remove()
+    assert list(tokens) == []
 
 
 def test_an_end_token_ends_the_answer_and_is_no_part_of_it(model, tokenizer):
