@@ -17,7 +17,12 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "chat": ("ChatConfig", "swift.engine.chat:run_chat", "talk to a model in the terminal"),
     "deploy": ("DeployConfig", "swift.serve.run:run_deploy", "serve a model to OpenAI clients"),
     "merge-lora": ("MergeConfig", "swift.tuner.merge:run_merge", "put an adapter into the weights, compared before and after"),
-    "export": ("MergeConfig", "swift.tuner.merge:run_merge", "the same as merge-lora: other exports are not built yet"),
+    "quantize": ("QuantizeConfig", "swift.export.run:run_export", "weights in few bits: gptq, awq, fp8, int8, bnb"),
+    "export": (
+        "ExportConfig",
+        "swift.export.run:run_export",
+        "quantize, or write GGUF, ONNX, OpenVINO, TensorRT, Ollama; merge an adapter",
+    ),
     "models list": ("ModelsListConfig", "swift.hub.commands:models_list", "models in the cache and in the catalog"),
     "models pull": ("ModelConfigArgument", "swift.hub.commands:models_pull", "fetch a model into the cache"),
     "models show": ("ModelConfigArgument", "swift.hub.commands:models_show", "what a model is: size, precision, context, licence"),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from swift.config.batching import BatchingConfig
 from swift.config.data import DataConfig, TemplateConfig
 from swift.config.deploy import DeployConfig
+from swift.config.export import ExportConfig, QuantizeConfig
 from swift.config.generate import GenerateConfig
 from swift.config.model import ModelConfig, QuantConfig
 from swift.config.options import Config, opt
@@ -163,6 +164,8 @@ COMMAND_CONFIGS: tuple[type[Config], ...] = (
     ChatConfig,
     DeployConfig,
     MergeConfig,
+    ExportConfig,
+    QuantizeConfig,
     ModelsListConfig,
     ModelConfigArgument,
     DataInspectConfig,

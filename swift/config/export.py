@@ -1,0 +1,222 @@
+"""What a model is exported to, and how its weights are quantized on the way."""
+
+from dataclasses import dataclass
+
+from swift.config.model import ModelConfig
+from swift.config.options import Config, opt
+from swift.errors import ConfigError
+
+TARGETS = ("gguf", "ollama", "onnx", "openvino", "tensorrt", "tensorrt_llm")
+GGUF_TYPES = (
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q2_k",
+    "q3_k_m",
+    "q4_k_s",
+    "q4_k_m",
+    "q5_k_s",
+    "q5_k_m",
+    "q6_k",
+)
+METHODS = ("gptq", "awq", "fp8", "int8", "bnb")
+BITS = {"gptq": (2, 3, 4, 8), "awq": (4,), "fp8": (8,), "int8": (8,), "bnb": (4, 8)}
+FORMATS = {
+    "gptq": ("gptq", "gptq_v2", "compressed-tensors"),
+    "awq": ("awq", "compressed-tensors"),
+    "fp8": ("compressed-tensors", "fp8"),
+    "int8": ("compressed-tensors",),
+    "bnb": ("bnb",),
+}
+
+
+@dataclass(kw_only=True)
+class CalibrationConfig(Config):
+    """Calibration."""
+
+    dataset: list[str] = opt([], "rows to calibrate with, written as for sft; by default a built-in text in several languages")
+    columns: dict[str, str] | None = opt(None, 'JSON object that renames columns before a row is read: {"mine": "query"}')
+    use_chat_template: bool | None = opt(None, "render messages by the chat template; by default true where the model has one")
+    system: str | None = opt(None, "system message for rows without one: a text, or a .txt file that holds it")
+    max_length: int = opt(512, "tokens of a document of the calibration; longer ones are cut into several", minimum=16)
+    quant_n_samples: int = opt(256, "documents to calibrate with", minimum=1)
+    quant_batch_size: int = opt(1, "documents of one forward pass; memory grows with it", minimum=1)
+    quant_eval_samples: int = opt(16, "further documents, which measure what was lost; 0 measures nothing", minimum=0)
+    data_seed: int = opt(42, "seed of the choice of documents", minimum=0)
+
+
+@dataclass(kw_only=True)
+class QuantizeOptions(Config):
+    """Quantization."""
+
+    quant_method: str | None = opt(
+        None,
+        "gptq or awq (few bits, calibrated), fp8 or int8 (8 bits for weights and activations), bnb (bitsandbytes); "
+        "gptq_v2 is gptq in the format of that name",
+        choices=(*METHODS, "gptq_v2"),
+    )
+    quant_bits: int | None = opt(None, "bits a weight; by default 4, and 8 with fp8 and int8", minimum=2, maximum=8)
+    quant_format: str | None = opt(
+        None, "the checkpoint: gptq, gptq_v2, awq, compressed-tensors, fp8 or bnb; by default the one that is called as the method is"
+    )
+    group_size: int = opt(
+        128, "inputs that share a scale, -1 for all of a row; made smaller where widths are no multiple of it", minimum=-1
+    )
+    sym: bool = opt(True, "numbers on both sides of zero alike, without a zero point (gptq); awq always has one")
+    desc_act: bool = opt(
+        False, "make groups of the inputs in their order of importance, and write that order (g_idx): slower kernels; without it only "
+        "the order of rounding follows importance"
+    )  # fmt: skip
+    damp_percent: float = opt(0.01, "share of the mean diagonal that is added to the Hessian (gptq)", minimum=0, maximum=1)
+    quant_strategy: str | None = opt(
+        None, "weights that share a scale, with fp8 and int8: the tensor, a channel (default) or a block of 128 x 128 (fp8)",
+        choices=("tensor", "channel", "block"),
+    )  # fmt: skip
+    quant_activations: str = opt(
+        "dynamic", "scales of activations with fp8 and int8: found for each token while running, or static, from the calibration",
+        choices=("dynamic", "static"),
+    )  # fmt: skip
+    bnb_4bit_quant_type: str = opt("nf4", "4-bit number format of bitsandbytes", choices=("nf4", "fp4"))
+    bnb_4bit_use_double_quant: bool = opt(True, "quantize the scales of bitsandbytes too: 0.4 bit a weight less")
+    quant_skip: list[str] = opt([], "modules that stay as they are: regular expressions searched for in their names; the head always does")
+    max_kl: float | None = opt(None, "largest divergence from the original in nats a token; more fails, and nothing is written", minimum=0)
+
+
+@dataclass(kw_only=True)
+class ExportFormatConfig(Config):
+    """Format."""
+
+    to: str | None = opt(None, "what is written: gguf, ollama, onnx, openvino, tensorrt, tensorrt_llm", choices=TARGETS)
+    to_ollama: bool = opt(False, "the same as --to ollama")
+    gguf_type: str = opt("f16", "number format of a GGUF file; names with k need the extra llamacpp", choices=GGUF_TYPES)
+    onnx_layout: str = opt(
+        "transformers",
+        "inputs and outputs as optimum names them (transformers), or onnxruntime-genai's folder",
+        choices=("transformers", "genai"),
+    )
+    onnx_precision: str = opt("fp32", "weights of an ONNX model", choices=("fp32", "fp16", "int4"))
+    openvino_weight_format: str = opt("fp16", "weights of an OpenVINO model", choices=("fp32", "fp16", "int8"))
+
+
+@dataclass(kw_only=True)
+class PushConfig(Config):
+    """Upload."""
+
+    push_to_hub: bool = opt(False, "upload what was written, with a model card that carries the report")
+    hub_model_id: str | None = opt(None, "ORG/NAME to upload to")
+    hub_private_repo: bool | None = opt(None, "make a private repository")
+    commit_message: str = opt("update files", "message of the upload")
+
+
+@dataclass(kw_only=True)
+class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationConfig, ModelConfig):
+    """Quantize a model, or write it in another format; an adapter is merged into the weights first."""
+
+    output_dir: str | None = opt(None, "where it goes; by default beside the model, with the format in its name")
+    exist_ok: bool = opt(False, "replace an output_dir that exists")
+    merge_lora: bool | None = opt(None, "merge the adapter of --adapters; that happens by itself")
+    max_difference: float = opt(1e-3, "largest difference of a log-probability between adapter and merged model", minimum=0)
+    max_shard_size: str = opt("5GB", "largest file of weights")
+    safe_serialization: bool = opt(True, "write safetensors; false is refused")
+    load_args: bool = opt(True, "take model and rendering options from the run that --adapters names")
+
+    def check(self) -> None:
+        super().check()
+        if not self.safe_serialization:
+            raise ConfigError("--safe_serialization false is not available: only safetensors are written", hint="remove it")
+        if self.merge_lora is False:
+            raise ConfigError("--merge_lora false is not available: what is exported has the adapter in its weights", hint="remove it")
+        if self.to_ollama:
+            if self.to not in (None, "ollama"):
+                raise ConfigError(f"--to {self.to} and --to_ollama true ask for two things", hint="remove one of them")
+            self.derive("to", "ollama", "--to_ollama is given")
+        if self.model is None and not self.adapters:
+            raise ConfigError("no model is given", hint="say --model PATH, or --adapters RUN")
+        if self.to is not None and self.quant_method is not None:
+            raise ConfigError(
+                f"--to {self.to} and --quant_method {self.quant_method} ask for two things",
+                hint="a format has its own numbers: --gguf_type, --onnx_precision, --openvino_weight_format",
+            )
+        if self.to is None and self.quant_method is None and not self.adapters:
+            raise ConfigError("nothing is asked for", hint="say --quant_method gptq, --to gguf, or --adapters RUN to merge an adapter")
+        self.refuse_without_effect(("attn_impl",), "when exporting")
+        if self.push_to_hub and not self.hub_model_id:
+            raise ConfigError("--push_to_hub true needs --hub_model_id", hint="say --hub_model_id ORG/NAME")
+        if not self.push_to_hub:
+            self.refuse_without_effect(("hub_model_id", "hub_private_repo", "commit_message"), "without --push_to_hub true")
+        self._check_format()
+        self._check_quantization()
+
+    def _check_format(self) -> None:
+        for names, targets in (
+            (("gguf_type",), ("gguf", "ollama")),
+            (("onnx_layout", "onnx_precision"), ("onnx",)),
+            (("openvino_weight_format",), ("openvino",)),
+        ):
+            if self.to not in targets:
+                self.refuse_without_effect(names, f"without --to {targets[0]}")
+
+    def _check_quantization(self) -> None:
+        of_quantizing = (
+            "quant_bits quant_format group_size sym desc_act damp_percent quant_strategy quant_activations bnb_4bit_quant_type "
+            "bnb_4bit_use_double_quant quant_skip"
+        ).split()
+        if self.quant_method == "gptq_v2":
+            self.derive("quant_method", "gptq", "gptq_v2 is a format of gptq")
+            self.derive("quant_format", "gptq_v2", "--quant_method gptq_v2")
+        method = self.quant_method
+        if method is None:
+            self.refuse_without_effect(of_quantizing, "without --quant_method")
+            if self.to is None:
+                calibrating = (
+                    "dataset columns use_chat_template system max_length quant_n_samples quant_batch_size quant_eval_samples max_kl"
+                )
+                self.refuse_without_effect(calibrating.split(), "when merging")
+            return
+        if self.quant_bits is None:
+            self.derive("quant_bits", 4 if 4 in BITS[method] else 8, f"--quant_method {method}")
+        if self.quant_bits not in BITS[method]:
+            listed = ", ".join(map(str, BITS[method]))
+            raise ConfigError(f"--quant_bits takes {listed} with --quant_method {method}, not {self.quant_bits}")
+        if self.group_size == 0 or (self.group_size > 0 and self.group_size % 8):
+            raise ConfigError(f"--group_size takes -1 or a multiple of 8, not {self.group_size}", hint="32, 64 and 128 are usual")
+        if self.quant_format is None:
+            by_default = "fp8" if method == "fp8" and self.quant_strategy == "block" else FORMATS[method][0]
+            self.derive("quant_format", by_default, f"--quant_method {method}")
+        if self.quant_format not in FORMATS[method]:
+            raise ConfigError(
+                f"--quant_format {self.quant_format} does not hold what --quant_method {method} makes",
+                hint=f"choose from: {', '.join(FORMATS[method])}",
+            )
+        if method not in ("gptq", "awq"):
+            self.refuse_without_effect(("group_size",), f"with --quant_method {method}")
+        if method != "gptq":
+            self.refuse_without_effect(("sym", "desc_act", "damp_percent"), f"with --quant_method {method}")
+        if method not in ("fp8", "int8"):
+            self.refuse_without_effect(("quant_strategy", "quant_activations"), f"with --quant_method {method}")
+        elif self.quant_strategy is None:
+            self.derive("quant_strategy", "channel", f"--quant_method {method}")
+        if method == "int8" and self.quant_strategy == "block":
+            raise ConfigError("--quant_strategy block is for fp8", hint="say --quant_strategy channel")
+        if self.quant_format == "fp8" and (self.quant_strategy != "block" or self.quant_activations != "dynamic"):
+            raise ConfigError(
+                "--quant_format fp8 holds blocks with dynamic activations",
+                hint="say --quant_strategy block, or --quant_format compressed-tensors",
+            )
+        if method != "bnb":
+            self.refuse_without_effect(("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"), f"with --quant_method {method}")
+
+
+@dataclass(kw_only=True)
+class QuantizeConfig(ExportConfig):
+    """Quantize a model: swift export with --quant_method."""
+
+    def check(self) -> None:
+        if self.quant_method is None:
+            raise ConfigError("no --quant_method is given", hint="say --quant_method gptq, awq, fp8, int8 or bnb")
+        super().check()

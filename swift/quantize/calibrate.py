@@ -1,0 +1,96 @@
+"""The text that a quantizer looks at, and other text of the same kind that measures what was lost."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from swift import console
+from swift.data.load import load_records
+from swift.data.records import Message, Record
+from swift.data.render import Renderer
+from swift.errors import DataError
+from swift.model.template import read_system
+
+LEAST = 16  # tokens of a document that is worth a forward pass
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Token ids of whole documents or parts of one, never of two: to calibrate with, and ``held_out`` to measure with."""
+
+    calibration: list[list[int]]
+    held_out: list[list[int]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.calibration))
+
+
+def documents(config: Any, tokenizer: Any, *, calibrates: bool = True) -> Documents:
+    """Documents of --dataset, or of the built-in text: a seeded choice, of which those that measure come first.
+
+    The choice of those that measure does not depend on how many calibrate. DataError if there are too few.
+    """
+    wanted = config.quant_n_samples if calibrates else 0
+    if wanted + config.quant_eval_samples == 0:
+        return Documents([], [])
+    renderer = Renderer(tokenizer, objective="pt", use_chat_template=config.use_chat_template is not False)
+    held: list[list[int]] = []
+    kept: list[list[int]] = []
+    faults: list[str] = []
+    for record in _records(config):
+        if len(held) >= config.quant_eval_samples and len(kept) >= wanted:
+            break
+        try:
+            pieces = [piece for piece in _pieces(record, renderer, config.max_length) if len(piece) >= LEAST]
+        except DataError as problem:
+            faults.append(problem.message)
+            continue
+        target, most = (held, config.quant_eval_samples) if len(held) < config.quant_eval_samples else (kept, wanted)
+        target += pieces[: most - len(target)]  # the rest of a document goes nowhere: both sides stay apart
+    if len(faults) > len(held) + len(kept):
+        raise DataError(
+            f"most rows cannot be rendered, the first because {faults[0]}", hint="--columns renames columns; see swift data inspect"
+        )
+    if (not held and config.quant_eval_samples) or (not kept and wanted):
+        raise DataError(
+            f"too little text: {len(held)} documents to measure with and {len(kept)} to calibrate with, of at least {LEAST} tokens",
+            hint="give more rows with --dataset, or fewer --quant_eval_samples",
+        )
+    if len(kept) < wanted:
+        console.warn(f"the data has {len(kept)} documents to calibrate with, {wanted} were asked for (--quant_n_samples)")
+    return Documents(kept, held)
+
+
+def _records(config: Any) -> list[Record]:
+    """All records, in a seeded order."""
+    if not config.dataset:
+        found = _built_in()
+    else:
+        loaded = load_records(
+            config.dataset,
+            want="pt",
+            columns=config.columns,
+            data_seed=config.data_seed,
+            shuffle=False,
+            system=read_system(config.system),
+            use_hf=config.use_hf,
+            hub_token=config.hub_token,
+            offline=config.offline,
+        )
+        found = list(loaded.train)
+    random.Random(config.data_seed).shuffle(found)
+    return found
+
+
+def _built_in() -> list[Record]:
+    """Prose and code of Python's own reference, which every installation holds, and the weather notices in two languages."""
+    from pydoc_data.topics import topics
+
+    prose = [Record([Message("assistant", text)]) for _, text in sorted(topics.items())]
+    return prose + list(load_records(["snow-alerts"], want="pt", shuffle=False).train)
+
+
+def _pieces(record: Record, renderer: Renderer, length: int) -> list[list[int]]:
+    ids = [rendered.input_ids for rendered in renderer.tokenize(renderer.lay_out(record))]
+    return [row[begin : begin + length] for row in ids for begin in range(0, len(row), length)]
