@@ -36,9 +36,13 @@ class Store:
             count = os.pwrite(self._file, view, place)
             view, place = view[count:], place + count
 
-    def read(self, index: int, shape: tuple[int, ...] | None = None) -> Tensor:
-        """What was written for batch ``index``, in float32; ``shape`` for what another process wrote."""
-        tensor = torch.empty(shape or self._shapes[index], dtype=self.dtype)
+    def found(self, shapes: list[tuple[int, ...]]) -> None:
+        """Every batch was written before, by another process, in these shapes."""
+        self._shapes = dict(enumerate(shapes))
+
+    def read(self, index: int) -> Tensor:
+        """What was written for batch ``index``, in float32."""
+        tensor = torch.empty(self._shapes[index], dtype=self.dtype)
         view, place = memoryview(tensor.view(torch.uint8).flatten().numpy()), self._places[index]
         while len(view):
             count = os.preadv(self._file, [view], place)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swift.errors import ModelError
 from swift.files import machine_error, write_json
-from swift.hub.safetensors_header import DTYPE_BITS, Entry, read_entries
+from swift.hub.safetensors_header import Entry, num_bytes, read_entries
 from swift.model.artifact import ModelFolder
 
 DTYPES: dict[str, torch.dtype] = {
@@ -21,9 +21,11 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PART = 2**24  # bytes of a large tensor that are looked at, or copied, at once
 INDEX_FILE = "model.safetensors.index.json"
 Source = tuple[Path, Entry]
+"""A tensor and its file."""
 
 
 class Checkpoint:
@@ -84,15 +86,16 @@ def _runs(indices: Any) -> Iterable[tuple[int, int, int]]:
             begin = place
 
 
-def assemble(folder: Path, parts: dict[str, Source], max_bytes: int) -> tuple[str, ...]:
+def assemble(folder: Path, parts: dict[str, Source], max_bytes: int, casts: dict[str, torch.dtype]) -> tuple[str, ...]:
     """Write the tensors ``parts`` into ``folder`` as model.safetensors, or as several files of at most ``max_bytes`` with an index.
 
-    Returns the names of the files. Bytes are copied as they are; ModelError if a number among them is not finite.
+    Returns the names of the files. Bytes are copied as they are, but for those of ``casts``, which get another type of number;
+    ModelError if a number among them is not finite.
     """
     shards: list[dict[str, Source]] = [{}]
     size = 0
     for name, (file, entry) in parts.items():
-        length = entry.end - entry.begin
+        length = _length(entry, casts.get(name))
         if shards[-1] and size + length > max_bytes:
             shards.append({})
             size = 0
@@ -101,20 +104,26 @@ def assemble(folder: Path, parts: dict[str, Source], max_bytes: int) -> tuple[st
     count = len(shards)
     names = ["model.safetensors"] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     for name, shard in zip(names, shards, strict=True):
-        _write_shard(folder / name, shard)
+        _write_shard(folder / name, shard, casts)
     if count > 1:
-        total = sum(entry.end - entry.begin for _, entry in parts.values())
+        total = sum(_length(entry, casts.get(name)) for name, (_, entry) in parts.items())
         places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
     return tuple(names)
 
 
-def _write_shard(path: Path, shard: dict[str, Source]) -> None:
+def _length(entry: Entry, cast: torch.dtype | None) -> int:
+    """Bytes of a tensor in the new file."""
+    return entry.end - entry.begin if cast is None else num_bytes(NAMES[cast], entry.shape)
+
+
+def _write_shard(path: Path, shard: dict[str, Source], casts: dict[str, torch.dtype]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for name, (_, entry) in shard.items():
-        length = entry.end - entry.begin
-        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [place, place + length]}
+        length = _length(entry, casts.get(name))
+        dtype = NAMES[casts[name]] if name in casts else entry.dtype
+        header[name] = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": [place, place + length]}
         place += length
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -124,15 +133,15 @@ def _write_shard(path: Path, shard: dict[str, Source]) -> None:
         for name, (source, entry) in shard.items():
             for begin in range(entry.begin, entry.end, PART):
                 part = read_bytes(source, begin, min(entry.end, begin + PART))
-                _check_finite(source, name, entry, part)
-                file.write(part.numpy().data)
-
-
-def _check_finite(file: Path, name: str, entry: Entry, part: Tensor) -> None:
-    if DTYPE_BITS[entry.dtype] >= 16 and entry.dtype in ("F16", "BF16", "F32", "F64"):
-        numbers = part.view(DTYPES[entry.dtype])
-        if not bool(torch.isfinite(numbers).all()):
-            raise ModelError(f"{file}: tensor {name} holds numbers that are not finite", hint="the model is damaged; nothing was written")
+                part = part.view(DTYPES[entry.dtype])
+                if name in casts:
+                    part = part.to(casts[name])
+                if part.dtype in FLOATS and not bool(torch.isfinite(part).all()):
+                    raise ModelError(
+                        f"{source}: tensor {name} holds numbers that are not finite, or too large for {header[name]['dtype']}",
+                        hint="nothing was written",
+                    )
+                file.write(part.view(torch.uint8).numpy().data)
 
 
 def model_checkpoint(model: ModelFolder) -> Checkpoint:
