@@ -5,7 +5,6 @@ The columns come in the order of their importance (the diagonal of the Hessian);
 so that the file needs no table of groups, unless desc_act asks for it.
 """
 
-
 import torch
 from torch import Tensor, nn
 
@@ -112,5 +111,3 @@ def _round_columns(weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor
             rest_KN[end:].addmm_(factor[begin:end, end:].T, errors_CN, alpha=-1)
     codes.copy_(codes_KN.T)
     return codes
-
-

@@ -53,12 +53,13 @@ def measure(skeleton: Skeleton, pieces: list[list[int]], wanted: Store, found: S
         rows = slice(begin, min(count, begin + PART))
         with skeleton.head(rows) as logits:
             for index, target in enumerate(targets):
-                both = [logits(store.read(index))[0].cpu() for store in (wanted, found)]
+                both = [logits(store.read(index))[0, : len(target)].cpu() for store in (wanted, found)]  # without padding
                 original[index].add(both[0], both[0] - both[1], begin, target)
                 quantized[index].add(both[1], None, begin, target)
     places = sum(map(len, pieces))
     kl = sum(
-        float((own.weighted / own.total - own.log_total() + other.log_total()).sum()) for own, other in zip(original, quantized, strict=True)
+        float((own.weighted / own.total - own.log_total() + other.log_total()).sum())
+        for own, other in zip(original, quantized, strict=True)
     )
     same = sum(int((own.likeliest == other.likeliest).sum()) for own, other in zip(original, quantized, strict=True))
     before, after = (_perplexity(rows) for rows in (original, quantized))

@@ -66,6 +66,27 @@ class _Stop(Exception):
     pass
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What is done with the input of a group."""
+
+    seen: dict[Group, Inputs]
+    index: int
+    batch: Batch
+    needs: frozenset[str]
+    spill: Store | None
+    stops: bool
+
+    def __call__(self, group: Group, x: Tensor) -> None:
+        # What an expert gets has neither rows nor padding of its own.
+        has_rows = x.numel() // x.shape[-1] == self.batch.ids.numel()
+        gather(self.seen[group], self.batch.keep(x) if has_rows else x, self.needs)
+        if self.spill is not None:
+            self.spill.write(self.index, x)
+        if self.stops:
+            raise _Stop
+
+
 class BlockPasses:
     """One block with the text ``batches`` whose hidden states are in ``hidden``. Files are made in ``folder``."""
 
@@ -89,18 +110,9 @@ class BlockPasses:
         """What is seen of the inputs of each group of ``level``. The next one is gathered when the last one's layers are done with."""
         for part in self._parts(level):
             seen = {group: Inputs() for group in part}
-            stops = len(level) == 1
-            spill = self._spill(part[0]) if stops and part[0].ends_child else None
+            spill = self._spill(part[0]) if len(level) == 1 and part[0].ends_child else None
             for index, batch in enumerate(self.batches):
-
-                def look(group: Group, x: Tensor, index: int = index, batch: Batch = batch) -> None:
-                    # What an expert gets has neither rows nor padding of its own.
-                    gather(seen[group], batch.keep(x) if x.numel() // x.shape[-1] == batch.ids.numel() else x, needs)
-                    if spill is not None:
-                        spill.write(index, x)
-                    if stops:
-                        raise _Stop
-
+                look = _Look(seen, index, batch, needs, spill, len(level) == 1)
                 with self._looking(part, look):
                     self._try_run(index, batch)
             for group, inputs in seen.items():

@@ -53,11 +53,15 @@ class Skeleton:
 
     def block(self, index: int) -> nn.Module:
         """Block ``index`` with its weights in float32; fused experts are modules of their own."""
-        block = copy.deepcopy(self.blocks[index])
-        prefix = f"{self.place}.{index}."
-        self.keys |= separate_experts(block, prefix, self.fused)
-        self._fill(block, prefix)
+        block = self.empty_block(index)
+        self._fill(block, f"{self.place}.{index}.")
         return block.to(self.device).eval()
+
+    def empty_block(self, index: int) -> nn.Module:
+        """The same on the meta device."""
+        block = copy.deepcopy(self.blocks[index])
+        self.keys |= separate_experts(block, f"{self.place}.{index}.", self.fused)
+        return block
 
     def key_of(self, index: int, layer: str) -> str:
         """The name in the files of the linear layer ``layer`` of a block, without .weight."""
@@ -80,6 +84,11 @@ class Skeleton:
         made = block(hidden, *call.args, **call.kwargs)
         out: Tensor = made[0] if isinstance(made, tuple) else made
         return out
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.model.config.get_text_config().hidden_size)
 
     @property
     def vocabulary(self) -> int:
@@ -109,7 +118,8 @@ class Skeleton:
     @cached_property
     def notes(self) -> list["_Note"]:
         """In place of the blocks of ``_shell``."""
-        return [_Note(block, self._returns_tuple()) for block in self.blocks]
+        returns_tuple = self._returns_tuple()
+        return [_Note(block, returns_tuple) for block in self.blocks]
 
     @cached_property
     def _shell(self) -> Any:
@@ -125,7 +135,7 @@ class Skeleton:
         return model, model.get_output_embeddings(), self._name_of(self.model.get_output_embeddings())
 
     def _name_of(self, wanted: nn.Module) -> str:
-        return next(name for name, module in self.model.named_modules() if module is wanted)
+        return next(str(name) for name, module in self.model.named_modules() if module is wanted)
 
     @torch.inference_mode()
     def _start(self, ids: Tensor, tokens: Tensor) -> None:
@@ -139,7 +149,7 @@ class Skeleton:
     def _run_decoder(self, decoder: Any, ids: Tensor, tokens: Tensor) -> None:
         embedding = decoder.get_input_embeddings()
         key = self.keys[f"{self._name_of(self.model.get_input_embeddings())}.weight"]
-        weight = embedding.weight
+        weight, embedding.padding_idx = embedding.weight, None
         embedding.weight = nn.Parameter(self.checkpoint.read(key, tokens).float().to(self.device), requires_grad=False)
         try:
             decoder(input_ids=ids.to(self.device), use_cache=False)
@@ -244,7 +254,7 @@ def _find_keys(folder: ModelFolder, model: Any, checkpoint: Checkpoint) -> tuple
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
     transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
+    renamings: Any = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     state = model.state_dict()
     keys: dict[str, str] = {}
@@ -263,7 +273,8 @@ def _find_keys(folder: ModelFolder, model: Any, checkpoint: Checkpoint) -> tuple
             keys[source] = keys[name]
     if missing := [name for name in dict(model.named_parameters()) if name not in keys and name not in fused]:
         raise ModelError(
-            f"{folder.name}: {len(missing)} weights are missing, the first is {missing[0]}", hint="fetch the model again; a shard may be absent"
+            f"{folder.name}: {len(missing)} weights are missing, the first is {missing[0]}",
+            hint="fetch the model again; a shard may be absent",
         )
     return keys, fused
 

@@ -31,7 +31,7 @@ class Store:
         if stored.numel() * self._width > self._places[index + 1] - self._places[index]:
             raise ValueError(f"batch {index} has {stored.numel()} numbers, more than its place holds")
         self._shapes[index] = tuple(tensor.shape)
-        view, place = memoryview(stored.view(torch.uint8).flatten().numpy()), self._places[index]
+        view, place = memoryview(stored.view(torch.uint8).flatten().numpy().data), self._places[index]
         while len(view):
             count = os.pwrite(self._file, view, place)
             view, place = view[count:], place + count
@@ -43,7 +43,7 @@ class Store:
     def read(self, index: int) -> Tensor:
         """What was written for batch ``index``, in float32."""
         tensor = torch.empty(self._shapes[index], dtype=self.dtype)
-        view, place = memoryview(tensor.view(torch.uint8).flatten().numpy()), self._places[index]
+        view, place = memoryview(tensor.view(torch.uint8).flatten().numpy().data), self._places[index]
         while len(view):
             count = os.preadv(self._file, [view], place)
             if not count:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swift.errors import ModelError
+from swift.errors import ConfigError, ModelError
 from swift.files import machine_error, write_json
 from swift.hub.safetensors_header import Entry, num_bytes, read_entries
 from swift.model.artifact import ModelFolder
@@ -63,7 +64,7 @@ class Checkpoint:
 def read_bytes(file: Path, begin: int, end: int) -> Tensor:
     """(end - begin,) uint8."""
     made = torch.empty(end - begin, dtype=torch.uint8)
-    view = memoryview(made.numpy())
+    view = memoryview(made.numpy().data)
     try:
         with file.open("rb", buffering=0) as stream:
             stream.seek(begin)
@@ -149,3 +150,11 @@ def model_checkpoint(model: ModelFolder) -> Checkpoint:
     if not model.weight_files:
         raise ModelError(f"{model.path} holds no safetensors", hint="convert the model with save_pretrained first")
     return Checkpoint(model.weight_files)
+
+
+def size_in_bytes(text: str) -> int:
+    """Of "5GB", "500MB", "2GiB"; ConfigError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise ConfigError(f"--max_shard_size takes a size such as 5GB, not {text!r}")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))

@@ -36,12 +36,11 @@ class _Seen:
     output: Any
 
 
-def find_levels(
-    block: nn.Module, run: Callable[[], Any], skips: Callable[[str], bool]
-) -> tuple[list[Level], dict[str, int]]:
+def find_levels(block: nn.Module, run: Callable[[], Any], skips: Callable[[str], bool]) -> tuple[list[Level], dict[str, int]]:
     """The groups of the linear layers of ``block`` that ``run`` (which runs it) uses, in their order, without those of ``skips``.
 
-    And for each part of the block with such layers the length of the tuple that it gives, 0 if it gives a tensor. Layers of experts that got no token are put beside those of the same name that got some.
+    And for each part of the block with such layers the length of the tuple that it gives, 0 if it gives a tensor.
+    Layers of experts that got no token are put beside those of the same name that got some.
     """
     linear = {name: module for name, module in block.named_modules() if type(module) is nn.Linear}
     children = {name: child for name, child in block.named_children() if any(key.startswith(f"{name}.") for key in linear)}
