@@ -30,13 +30,19 @@ class Expert(nn.Module):
 
 
 class SeparateExperts(nn.ModuleList):
-    """Stands for transformers' fused experts: sum over the experts of each token, weighted by the router."""
+    """Stands for transformers' fused experts: sum over the experts of each token, weighted by the router.
+
+    Tokens that are not ``valid`` (n,) get no expert: what pads a batch would be seen as input otherwise.
+    """
+
+    valid: Tensor | None = None
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(n, D) for ``hidden`` (n, D), the experts (n, K) of each token and their weights (n, K)."""
         out = torch.zeros_like(hidden)
         for number, expert in enumerate(self):
-            token, place = torch.where(top_k_index == number)
+            chosen = top_k_index == number
+            token, place = torch.where(chosen if self.valid is None else chosen & self.valid[:, None])
             if len(token):
                 part = expert(hidden[token]) * top_k_weights[token, place, None]
                 out.index_add_(0, token, part.to(out.dtype))

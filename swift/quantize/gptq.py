@@ -2,7 +2,7 @@
 
 Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, arXiv 2210.17323.
 The columns come in the order of their importance (the diagonal of the Hessian); their groups are those of the original order,
-so that the file needs no table of groups, unless desc_act asks for it.
+so that the file needs no table of groups, unless desc_act asks for it. Then scales and codes are fitted once more (refine.py).
 """
 
 import torch
@@ -13,6 +13,7 @@ from swift.errors import ModelError
 from swift.model.quantized.base import GroupedWeight, Settings, Weight
 from swift.quantize.base import Inputs
 from swift.quantize.grid import find_grid
+from swift.quantize.refine import refine
 
 # N outputs, K inputs, G groups, C columns of a part
 
@@ -34,6 +35,7 @@ class Gptq:
         whole = torch.cat(weights)
         hessian = inputs.hessian if inputs.hessian is not None else torch.eye(whole.shape[1], device=whole.device)
         found = gptq(whole, hessian, self.settings, self.damp)
+        del whole
         made: dict[str, Weight] = {}
         begin = 0
         for name, weight in zip(layers, weights, strict=True):
@@ -56,20 +58,22 @@ def gptq(weight: Tensor, hessian: Tensor, settings: Settings, damp: float) -> Gr
     importance = hessian.diagonal().clone()
     weight = weight.clone()
     weight[:, importance == 0] = 0  # inputs that are always zero
+    # Between plain least squares and the diagonal of the Hessian: errors are carried over, but not between all inputs.
+    weighting = importance.sqrt()
     order = torch.argsort(importance, descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order], damp)
     ordered = weight[:, order]
     columns = torch.arange(inputs, device=weight.device) // size
     if settings.desc_act:
-        scales, zeros = find_grid(ordered, settings.bits, size, settings.symmetric, importance[order])
+        scales, zeros = find_grid(ordered, settings.bits, size, settings.symmetric, weighting[order])
         group_of = columns
     else:
-        scales, zeros = find_grid(weight, settings.bits, size, settings.symmetric, importance)
+        scales, zeros = find_grid(weight, settings.bits, size, settings.symmetric, weighting)
         group_of = columns[order]
     codes = _round_columns(ordered, factor, scales[:, group_of], zeros[:, group_of].float(), 2**settings.bits - 1)
     back = order.argsort()
     groups = columns[back].int() if settings.desc_act else None
-    return GroupedWeight(codes[:, back], scales, zeros, settings.bits, settings.symmetric, groups)
+    return refine(weight, hessian, GroupedWeight(codes[:, back], scales, zeros, settings.bits, settings.symmetric, groups))
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
