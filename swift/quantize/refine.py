@@ -1,4 +1,4 @@
-"""After GPTQ: scales of least squares for the codes, and codes that the error of all others asks for.
+"""After GPTQ: codes that the error of all others asks for, and scales of least squares for them.
 
 Both lower tr(D H D'), D the error and H the mean of x x', and neither can raise it but by the rounding of scales to float16.
 """
@@ -23,9 +23,8 @@ def refine(weight: Tensor, hessian: Tensor, found: GroupedWeight) -> GroupedWeig
     hessian = hessian[order][:, order].contiguous()
     weight = weight[:, order]
     whole = found.codes[:, order].float() - found.zeros.float().repeat_interleave(weight.shape[1] // found.scales.shape[1], 1)
+    whole = descend(weight, hessian, whole, found.scales, found)
     scales = fit_scales(weight, hessian, whole, found.scales)
-    whole = descend(weight, hessian, whole, scales, found)
-    scales = fit_scales(weight, hessian, whole, scales)
     zeros = found.zeros.float().repeat_interleave(weight.shape[1] // scales.shape[1], 1)
     codes = (whole + zeros).to(torch.uint8)[:, order.argsort()]
     return replace(found, codes=codes.contiguous(), scales=scales)
