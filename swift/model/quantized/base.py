@@ -60,7 +60,22 @@ class ScaledWeight:
         return self.codes.float() * scales
 
 
-Weight = GroupedWeight | ScaledWeight
+@dataclass(frozen=True)
+class BnbWeight:
+    """W of ``shape`` (N, K) as bitsandbytes holds it: its tensors by the ends of their names in a file."""
+
+    shape: tuple[int, int]
+    bits: int
+    tensors: dict[str, Tensor]
+
+    def dequantize(self) -> Tensor:
+        """(N, K) float32."""
+        from swift.model.quantized.bnb import dequantize
+
+        return dequantize(self)
+
+
+Weight = GroupedWeight | ScaledWeight | BnbWeight
 
 
 @dataclass(frozen=True)
