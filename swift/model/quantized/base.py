@@ -34,7 +34,10 @@ class GroupedWeight:
 
     def dequantize(self) -> Tensor:
         """(N, K) float32."""
-        index = self.group_of_inputs()
+        if self.groups is None:
+            parts: Tensor = self.codes.unflatten(1, (self.scales.shape[1], -1)).float()
+            return parts.sub_(self.zeros.float().unsqueeze(2)).mul_(self.scales.float().unsqueeze(2)).flatten(1)
+        index = self.groups.long()
         return (self.codes.float() - self.zeros.float()[:, index]) * self.scales.float()[:, index]
 
 

@@ -37,7 +37,8 @@ def write(name: str, weight: Weight, settings: Settings) -> dict[str, Tensor]:
         return _write_groups(name, weight)
     found = scaled.of(name, weight)
     scales = found.scales.float().contiguous()
-    tensors = {f"{name}.weight": found.codes.contiguous(), f"{name}.weight_scale": scales.flatten() if scales.numel() == 1 else scales}
+    is_one = settings.strategy == "tensor"
+    tensors = {f"{name}.weight": found.codes.contiguous(), f"{name}.weight_scale": scales.flatten() if is_one else scales}
     if settings.activations == "static":
         if found.input_scale is None:
             raise ModelError(f"{name}: static activations need the scale of the inputs")
@@ -101,13 +102,14 @@ def settings(config: dict[str, Any]) -> Settings:
     strategy = weights.get("strategy") or ("group" if (weights.get("group_size") or -1) > 0 else "tensor")
     symmetric = bool(weights.get("symmetric", True))
     block = weights.get("block_structure")
+    is_whole = symmetric and bits == 8 and strategy in ("tensor", "channel")
     is_known = {
         PACKED: kind == "int" and bits in range(2, 9) and strategy in ("group", "channel"),
-        INT: kind == "int" and symmetric and (bits == 8 and strategy in ("tensor", "channel") or strategy == "group" and bits in (4, 8)),
-        FLOAT: kind == "float" and bits == 8 and symmetric and strategy in ("tensor", "channel", "block"),
-        NAIVE: bits == 8 and symmetric and strategy in ("tensor", "channel"),
-    }.get(form, False)
-    if not is_known or strategy == "block" and (not isinstance(block, list) or len(block) != 2 or block[0] != block[1]):
+        INT: kind == "int" and (is_whole or (symmetric and strategy == "group" and bits in (4, 8))),
+        FLOAT: kind == "float" and (is_whole or (symmetric and bits == 8 and strategy == "block")),
+        NAIVE: is_whole,
+    }.get(str(form), False)
+    if not is_known or (strategy == "block" and (not isinstance(block, list) or len(block) != 2 or block[0] != block[1])):
         balance = "symmetric" if symmetric else "asymmetric"
         raise ModelError(
             f"compressed-tensors of the form {form} with {bits} bits ({kind}, {balance}, scales for each {strategy}) is not supported",
