@@ -1,8 +1,9 @@
 """Checkpoints of compressed-tensors: whole numbers in groups packed into words (pack-quantized), and int8 or FP8 with scales.
 
 Its values have a sign: a stored word holds them plus 2^(bits - 1), which are the codes of a GroupedWeight. ``weight_packed``
-(N, ceil(K / p)) and ``weight_zero_point`` (ceil(N / p), G) have p = 32 // bits values a word, ``weight_scale`` is (N, G),
-``weight_shape`` (2,), ``weight_g_idx`` (K,). With 8 bits and scales there are ``weight``, ``weight_scale`` and ``input_scale``.
+(N, ceil(K * bits / 32)) packs along the inputs, ``weight_zero_point`` (ceil(N * bits / 32), G) along the outputs; ``weight_scale``
+is (N, G), ``weight_shape`` (2,). Files of versions before 0.20 may have an order of inputs, ``weight_g_idx`` (K,), and 32 // bits
+values in a word. With 8 bits and scales there are ``weight``, ``weight_scale`` and ``input_scale``.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import Tensor
 from swift.errors import ModelError
 from swift.model.quantized import grouped, scaled
 from swift.model.quantized.base import GroupedWeight, ScaledWeight, Settings, Weight
-from swift.model.quantized.words import pack_apart, unpack_apart
+from swift.model.quantized.words import pack_padded, unpack_apart, unpack_padded
 
 # N outputs, K inputs, G groups of inputs
 
@@ -75,7 +76,7 @@ def config(settings: Settings) -> dict[str, Any]:
         "group_size": settings.group_size if strategy == "group" else None,
         "block_structure": [scaled.BLOCK, scaled.BLOCK] if strategy == "block" else None,
         "dynamic": False,
-        "actorder": "group" if settings.desc_act and strategy == "group" else None,
+        "actorder": None,
     }
     group = {"targets": ["Linear"], "weights": weights, "input_activations": _inputs(settings, kind) if whole else None}
     return {
@@ -132,35 +133,43 @@ def settings(config: dict[str, Any]) -> Settings:
 
 
 def _write_groups(name: str, weight: GroupedWeight) -> dict[str, Tensor]:
+    if weight.groups is not None:
+        raise ModelError(f"{name}: compressed-tensors holds no order of inputs any more", hint="--desc_act false")
     tensors = {
-        "weight_packed": pack_apart(weight.codes, weight.bits),
+        "weight_packed": pack_padded(weight.codes, weight.bits),
         "weight_scale": grouped.half(name, weight.scales).contiguous(),
         "weight_shape": torch.tensor(weight.codes.shape),
     }
     if not weight.symmetric:
-        tensors["weight_zero_point"] = pack_apart(weight.zeros.T, weight.bits).T.contiguous()
-    if weight.groups is not None:
-        tensors["weight_g_idx"] = weight.groups.to(torch.int32)
+        tensors["weight_zero_point"] = pack_padded(weight.zeros.T, weight.bits).T.contiguous()
     return {f"{name}.{part}": found for part, found in tensors.items()}
 
 
 def _read_groups(name: str, tensor: Callable[[str], Tensor], settings: Settings) -> GroupedWeight:
     packed, scales, shape = (tensor(f"{name}.weight_{part}") for part in ("packed", "scale", "shape"))
-    bits, each = settings.bits, 32 // settings.bits
-    if shape.numel() != 2 or scales.ndim != 2:
-        raise ModelError(f"{name}: weight_shape {tuple(shape.shape)} and weight_scale {tuple(scales.shape)} are not those of a matrix")
+    if shape.numel() != 2 or scales.ndim != 2 or packed.ndim != 2:
+        raise ModelError(f"{name}: weight_shape, weight_scale and weight_packed are not those of a matrix")
     outputs, inputs = map(int, shape.tolist())
-    if packed.shape != (outputs, -(-inputs // each)):
+    codes = _unpack(packed, settings.bits, inputs)
+    if codes is None or codes.shape[0] != outputs:
         raise ModelError(f"{name}: weight_packed {tuple(packed.shape)} does not hold {outputs} outputs of {inputs} inputs")
-    codes = unpack_apart(packed, bits, inputs)
-    zeros = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.uint8)
+    zeros: Tensor | None = torch.full(scales.shape, 2 ** (settings.bits - 1), dtype=torch.uint8)
     if not settings.symmetric:
         words = tensor(f"{name}.weight_zero_point")
-        if words.shape != (-(-outputs // each), scales.shape[1]):
+        zeros = _unpack(words.T, settings.bits, outputs)
+        if zeros is None or zeros.T.shape != scales.shape:
             raise ModelError(f"{name}: weight_zero_point {tuple(words.shape)} does not fit weight_scale {tuple(scales.shape)}")
-        zeros = unpack_apart(words.T.contiguous(), bits, outputs).T
+        zeros = zeros.T
+    assert zeros is not None
     groups = tensor(f"{name}.weight_g_idx") if settings.desc_act else None
-    return grouped.make(name, codes, scales, zeros, bits, groups=groups)
+    return grouped.make(name, codes, scales, zeros, settings.bits, groups=groups)
+
+
+def _unpack(words: Tensor, bits: int, count: int) -> Tensor | None:
+    """(rows, count) of words that hold so many values in a row one way or the other, or None."""
+    if words.shape[1] == -(-count * bits // 32):
+        return unpack_padded(words, bits, count)
+    return unpack_apart(words, bits, count) if words.shape[1] == -(-count // (32 // bits)) else None
 
 
 def _inputs(settings: Settings, kind: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
@@ -33,18 +34,19 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     return (single << _range(bits, octets)).sum(-1, dtype=torch.uint8)
 
 
-def pack_apart(values: Tensor, bits: int) -> Tensor:
-    """int32 words (..., ceil(n / p)) with p = 32 // bits values each, and zeros behind the last."""
-    each = 32 // bits
+def pack_padded(values: Tensor, bits: int) -> Tensor:
+    """Words (..., ceil(n * bits / 32)) of any number of values, with zeros behind the last."""
     count = values.shape[-1]
-    padded = values.new_zeros(*values.shape[:-1], -(-count // each) * each, dtype=torch.int64)
-    padded[..., :count] = values
-    words = (padded.unflatten(-1, (-1, each)) << (torch.arange(each, device=values.device) * bits)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    return pack(F.pad(values, (0, -count % 32)), bits)[..., : -(-count * bits // 32)].contiguous()
+
+
+def unpack_padded(words: Tensor, bits: int, count: int) -> Tensor:
+    """The first ``count`` values (..., count) uint8 of what ``pack_padded`` made."""
+    return unpack(F.pad(words, (0, -words.shape[-1] % bits)), bits)[..., :count].contiguous()
 
 
 def unpack_apart(words: Tensor, bits: int, count: int) -> Tensor:
-    """The first ``count`` values (..., count) uint8 of what ``pack_apart`` made."""
+    """The first ``count`` values (..., count) uint8 of words with 32 // bits values each, whose last bits may be free."""
     shifts = torch.arange(32 // bits, device=words.device, dtype=torch.int32) * bits
     values: Tensor = ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8)
     return values.flatten(-2)[..., :count].contiguous()
