@@ -141,11 +141,17 @@ def _as_stored(path: Path, stored: dict[str, Any], dtype: torch.dtype) -> dict[s
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         config.quantization_config = stored | {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
         return {"config": config}
-    if kind not in FORMATS and stored.get("quant_method") != "gptq":
+    if kind not in FORMATS and _is_known_to_transformers(stored.get("quant_method")):
         return {}
     from swift.model.quantized.reading import config_for
 
     return {"config": config_for(path, stored)}
+
+
+def _is_known_to_transformers(method: Any) -> bool:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    return method != "gptq" and method in AUTO_QUANTIZATION_CONFIG_MAPPING
 
 
 def _densified(model: Any, dtype: torch.dtype) -> Any:

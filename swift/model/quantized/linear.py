@@ -36,7 +36,8 @@ class QuantizedLinear(nn.Linear):
         half = weight.scales.half()
         is_half = torch.equal(half.float(), weight.scales)
         self._scale_dtype = torch.float16 if is_half else torch.float32
-        self.register_buffer("scales", (half if is_half else weight.scales).contiguous().view(torch.uint8))
+        self._scale_shape = weight.scales.shape
+        self.register_buffer("scales", (half if is_half else weight.scales).flatten().contiguous().view(torch.uint8))
         zeros = groups = None
         self._code_dtype: torch.dtype | None = None
         if isinstance(weight, GroupedWeight):
@@ -56,7 +57,7 @@ class QuantizedLinear(nn.Linear):
     @property
     def quantized(self) -> GroupedWeight | ScaledWeight:
         """The weight as it was given."""
-        scales = self.scales.view(self._scale_dtype).float()
+        scales = self.scales.view(self._scale_dtype).float().view(self._scale_shape)
         if self._code_dtype is not None:
             return ScaledWeight(self.codes.view(self._code_dtype), scales, self._block, self._input_scale)
         whole = unpack(self.codes, self.bits)[:, : self.in_features]
