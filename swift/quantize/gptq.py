@@ -87,6 +87,7 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
         damped.diagonal()[hessian.diagonal() == 0] = mean
         lower, fault = torch.linalg.cholesky_ex(damped)
         if fault == 0:
+            upper: Tensor
             upper, fault = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if fault == 0 and bool(torch.isfinite(upper).all()):
                 return upper

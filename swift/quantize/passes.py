@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swift.model.experts import SeparateExperts
 from swift.quantize.base import Inputs
-from swift.quantize.experts import SeparateExperts
 from swift.quantize.skeleton import Call, Skeleton
 from swift.quantize.store import Store
 from swift.quantize.trial import Group, Level, find_levels
@@ -177,7 +177,7 @@ class BlockPasses:
     def _spill(self, group: Group) -> Store:
         layer: Any = self.block.get_submodule(group.layers[0])
         sizes = [batch.ids.numel() * layer.in_features for batch in self.batches]
-        store = Store(self.folder / f"{group.child}.in", sizes, torch.bfloat16)
+        store = Store(self.folder / f"{group.child}.in", sizes, torch.float16)
         self.kept[group.child or ""] = store
         return store
 

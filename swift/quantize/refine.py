@@ -13,6 +13,7 @@ from swift.model.quantized.base import GroupedWeight
 # N outputs, K inputs, G groups of S inputs, C columns of a part
 
 COLUMNS = 64
+ROUNDS = {2: 3, 3: 3}  # more of them gain little with 4 bits, and much with fewer
 RIDGE = 1e-4  # of the diagonal: how strongly a scale that hardly matters stays what it was
 MOST = 2.0  # a scale becomes at most so many times what it was, or so many times less
 
@@ -23,8 +24,10 @@ def refine(weight: Tensor, hessian: Tensor, found: GroupedWeight) -> GroupedWeig
     hessian = hessian[order][:, order].contiguous()
     weight = weight[:, order]
     whole = found.codes[:, order].float() - found.zeros.float().repeat_interleave(weight.shape[1] // found.scales.shape[1], 1)
-    whole = descend(weight, hessian, whole, found.scales, found)
-    scales = fit_scales(weight, hessian, whole, found.scales)
+    scales = found.scales
+    for _ in range(ROUNDS.get(found.bits, 1)):
+        whole = descend(weight, hessian, whole, scales, found)
+        scales = fit_scales(weight, hessian, whole, scales)
     zeros = found.zeros.float().repeat_interleave(weight.shape[1] // scales.shape[1], 1)
     codes = (whole + zeros).to(torch.uint8)[:, order.argsort()]
     return replace(found, codes=codes.contiguous(), scales=scales)

@@ -153,12 +153,13 @@ def test_each_layer_sees_what_its_quantized_predecessors_give(family, tmp_path):
     block = skeleton.block(0)
     passes = BlockPasses(skeleton, block, batches, hidden, calls, tmp_path)
     seen: dict[str, Inputs] = {}
+    noise = torch.Generator().manual_seed(5)
     for level in passes.levels(lambda name: False):
         for group, inputs in passes.inputs(level, frozenset({"hessian", "max_abs"})):
             seen[group.layers[0]] = Inputs(inputs.count, None if inputs.hessian is None else inputs.hessian.clone(), None, inputs.max_abs)
             for name in group.layers:
                 layer = block.get_submodule(name)
-                layer.weight = nn.Parameter(layer.weight + 0.05 * torch.randn_like(layer.weight), requires_grad=False)
+                layer.weight = nn.Parameter(layer.weight + 0.05 * torch.randn(layer.weight.shape, generator=noise), requires_grad=False)
             passes.finish(group, block.get_submodule(group.layers[-1]).weight)
     out = Store(tmp_path / "o", [batch.ids.numel() * 32 for batch in batches])
     passes.outputs(out)
@@ -177,11 +178,11 @@ def test_each_layer_sees_what_its_quantized_predecessors_give(family, tmp_path):
             whole = skeleton.run(block, hidden.read(index)[row : row + 1, :length], skeleton.calls((1, length))[0])
             for handle in handles:
                 handle.remove()
-            assert torch.allclose(out.read(index)[row, :length], whole[0], atol=2e-2, rtol=2e-2)  # parts are kept in bfloat16
+            assert torch.allclose(out.read(index)[row, :length], whole[0], atol=3e-3, rtol=3e-3)  # parts are kept in float16
     for name, inputs in seen.items():
         assert inputs.count == wanted[name].count, name
         if inputs.count:
-            near = 1e-2 if "experts" in name else 1e-3  # products of few inputs that were kept in bfloat16
+            near = 1e-2 if "experts" in name else 1e-3  # products of few inputs that were kept in float16
             gap = (inputs.hessian - mirror(wanted[name].hessian)).abs().max()
             assert gap < near * inputs.hessian.abs().max(), name
 
@@ -439,6 +440,16 @@ def test_several_files_with_an_index(tmp_path, rows):
     for name, file in index.items():
         assert torch.equal(load_file(out / file)[name], tensors[name])
     assert all(path.stat().st_size < 100_000 for path in out.glob("*.safetensors"))
+
+
+def test_numbers_of_any_size_are_kept_in_float16(tmp_path):
+    store = Store(tmp_path / "s", [8, 8, 8], torch.float16)
+    wanted = [torch.tensor([3e9, -1.5e6, 0.0, 7e8]), torch.tensor([1e-12, -3e-13, 0.0, 2e-13]), torch.zeros(4)]
+    for index, values in enumerate(wanted):
+        store.write(index, values)
+        assert torch.allclose(store.read(index), values, rtol=6e-4)
+    store.close(remove=True)
+    assert not (tmp_path / "s").exists()
 
 
 def test_memory_of_a_weight_is_small():
