@@ -9,6 +9,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
     32 values of 3 bits fill 3 words, so that two of them lie across a border. ``n * bits`` is a multiple of 32.
     """
+    octets: Tensor
     if 8 % bits == 0:
         parts = values.unflatten(-1, (-1, 8 // bits))
         octets = parts[..., 0].clone()
@@ -26,8 +27,9 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return octets
     if 8 % bits == 0:
-        return ((octets.unsqueeze(-1) >> (_range(8 // bits, octets) * bits)) & (2**bits - 1)).flatten(-2)
-    single = ((octets.unsqueeze(-1) >> _range(8, octets)) & 1).flatten(-2).unflatten(-1, (-1, bits))
+        values: Tensor = (octets.unsqueeze(-1) >> (_range(8 // bits, octets) * bits)) & (2**bits - 1)
+        return values.flatten(-2)
+    single: Tensor = ((octets.unsqueeze(-1) >> _range(8, octets)) & 1).flatten(-2).unflatten(-1, (-1, bits))
     return (single << _range(bits, octets)).sum(-1, dtype=torch.uint8)
 
 
@@ -44,7 +46,8 @@ def pack_apart(values: Tensor, bits: int) -> Tensor:
 def unpack_apart(words: Tensor, bits: int, count: int) -> Tensor:
     """The first ``count`` values (..., count) uint8 of what ``pack_apart`` made."""
     shifts = torch.arange(32 // bits, device=words.device, dtype=torch.int32) * bits
-    return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(-2)[..., :count].contiguous()
+    values: Tensor = ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8)
+    return values.flatten(-2)[..., :count].contiguous()
 
 
 def _range(count: int, like: Tensor) -> Tensor:
