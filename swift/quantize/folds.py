@@ -9,11 +9,14 @@ block's output has to stay as it was when the producer is divided and its consum
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from swift.model.quantized.base import GroupedWeight, Weight
+from swift.quantize.grid import LARGEST, SMALLEST
 
 # K inputs of a group, P channels of a producer, T tokens
 
@@ -41,24 +44,38 @@ class Fold:
         return (sums / values.new_zeros(size).index_add_(0, self.share, torch.ones_like(values)))[self.share]
 
     @torch.no_grad()
-    def divide(self, block: nn.Module, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def divide(self, block: nn.Module, scale: Tensor, dtype: torch.dtype = torch.float32, made: dict[str, Weight] | None = None) -> Tensor:
         """Divide the inputs by ``scale`` (K,), equal where a channel is shared; multiply the weights of ``further`` consumers.
 
         The weight of a norm is rounded to ``dtype``, in which it will be stored; (K,) is the scale that came out of that.
-        The weights of the group itself are left to the caller.
+        If the producer is quantized already, as ``made`` tells, so are its scales there, and its weight in the block is what
+        they give. The weights of the group itself are left to the caller.
         """
         producer: Any = block.get_submodule(self.producer)
         divisor = torch.ones(producer.weight.shape[0], device=scale.device)
         divisor[self.share] = scale
         if producer.weight.dim() == 1:
             whole = producer.weight + self.offset
-            rounded = (whole / divisor - self.offset).to(dtype).float() + self.offset
+            stored = (whole / divisor - self.offset).to(dtype).float()
+            rounded = stored + self.offset
             divisor = torch.where(rounded != 0, whole / rounded, divisor)
-        _multiply(producer, self.offset, 1 / divisor)
+            producer.weight.copy_(stored)
+            _multiply_bias(producer, 1 / divisor)
+        else:
+            _multiply(producer, self.offset, 1 / divisor)
+        if made is not None and self.producer in made:
+            made[self.producer] = divide_rows(made[self.producer], divisor)
+            producer.weight.copy_(made[self.producer].dequantize())
         scale = divisor[self.share]
         for name in self.further:
             block.get_parameter(name).mul_(scale)
         return scale
+
+
+def divide_rows(weight: Weight, divisor: Tensor) -> GroupedWeight:
+    """``weight`` with its rows divided by ``divisor`` (N,): the codes stay, the scales are rounded to values of float16."""
+    assert isinstance(weight, GroupedWeight)
+    return replace(weight, scales=(weight.scales / divisor[:, None]).clamp(SMALLEST, LARGEST).half().float())
 
 
 def find_folds(
@@ -246,6 +263,10 @@ def _multiply(module: nn.Module, offset: float, factors: Tensor) -> None:
         weight.copy_((weight + offset) * factors - offset)
     else:
         weight.mul_(factors[:, None])
+    _multiply_bias(module, factors)
+
+
+def _multiply_bias(module: nn.Module, factors: Tensor) -> None:
     bias = getattr(module, "bias", None)
     if isinstance(bias, Tensor):
         bias.mul_(factors)

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.families import build
 
-T = 8
+T = 24
 
 
 def block_of(family: str, layer: int = 0, **options: Any) -> SimpleNamespace:
