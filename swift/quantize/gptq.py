@@ -70,7 +70,7 @@ def gptq(weight: Tensor, hessian: Tensor, settings: Settings, damp: float) -> Gr
     else:
         scales, zeros = find_grid(weight, settings.bits, size, settings.symmetric, weighting)
         group_of = columns[order]
-    codes = _round_columns(ordered, factor, scales[:, group_of], zeros[:, group_of].float(), 2**settings.bits - 1)
+    codes = round_columns(ordered, factor, scales[:, group_of], zeros[:, group_of].float(), 2**settings.bits - 1)
     back = order.argsort()
     groups = columns[back].int() if settings.desc_act else None
     return refine(weight, hessian, GroupedWeight(codes[:, back], scales, zeros, settings.bits, settings.symmetric, groups))
@@ -94,7 +94,7 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     raise ModelError("the inputs of a layer cannot be told apart (no Cholesky factor)", hint="calibrate with more data: --quant_n_samples")
 
 
-def _round_columns(weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, most: int) -> Tensor:
+def round_columns(weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, most: int) -> Tensor:
     """Codes (N, K) uint8; ``weight`` (N, K) is used up; ``scales`` and ``zeros`` (N, K) are those of each column."""
     codes = torch.empty_like(weight, dtype=torch.uint8)
     # Columns as rows: what one step reads and writes lies together.
