@@ -26,6 +26,7 @@ from swift.model.quantized.base import Settings
 from swift.model.tokenizer import load_tokenizer
 from swift.quantize import QUANTIZERS
 from swift.quantize.base import Quantizer
+from swift.quantize.block import Job, one_block
 from swift.quantize.calibrate import documents
 from swift.quantize.head import measure
 from swift.quantize.measure import Measured

@@ -7,7 +7,7 @@ from torch import nn
 from swift.errors import ModelError
 from swift.model.quantized.base import GroupedWeight, Settings
 from swift.quantize.base import Inputs
-from swift.quantize.gptq import Gptq, _round_columns, gptq, inverse_factor
+from swift.quantize.gptq import Gptq, gptq, inverse_factor, round_columns
 from swift.quantize.grid import find_grid, round_to, round_to_nearest
 from swift.quantize.refine import descend, fit_scales, refine
 
@@ -40,7 +40,7 @@ def test_columns_are_rounded_as_by_the_rule_of_optimal_brain_surgery(bits, symme
     weight, hessian = layer(outputs=6, inputs=160)
     scales, zeros = find_grid(weight, bits, 32, symmetric)
     of_columns, zero_of = scales.repeat_interleave(32, 1), zeros.float().repeat_interleave(32, 1)
-    found = _round_columns(weight, inverse_factor(hessian, 0.01), of_columns, zero_of, 2**bits - 1)
+    found = round_columns(weight, inverse_factor(hessian, 0.01), of_columns, zero_of, 2**bits - 1)
     damped = (hessian + 0.01 * hessian.diagonal().mean() * torch.eye(160)).double()
     rest = weight.double().clone()
     wanted = torch.empty_like(found)
