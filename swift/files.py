@@ -75,6 +75,16 @@ def machine_error(problem: OSError, path: Path) -> MachineError:
     return MachineError(f"{path}: {problem.strerror or problem}", hint=hints.get(problem.errno or 0))
 
 
+def reserve(descriptor: int, size: int) -> None:
+    """Take ``size`` bytes of the disk for an open file, where the system can: a full disk is found before anything is computed."""
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as problem:
+            if problem.errno == errno.ENOSPC:
+                raise
+
+
 def visible_files(folder: Path) -> list[Path]:
     """All files below ``folder`` outside of hidden files and folders, sorted; MachineError if a part may not be read."""
 
