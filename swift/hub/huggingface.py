@@ -93,6 +93,20 @@ def push(
     return str(commit.commit_url)
 
 
+def check_push(name: str, *, token: str | None = None) -> None:
+    """HubError if the token is none, or may not write to ``name``; whether a new repository may be made shows only then."""
+    from huggingface_hub import errors
+
+    api = _client(name, _MAIN, token)
+    with _explained(api, name, _MAIN):
+        try:
+            api.whoami()
+        except errors.LocalTokenNotFoundError as problem:
+            raise HubError(f"hf::{name}: an upload needs a token", hint="say --hub_token TOKEN, or set HF_TOKEN") from problem
+        with contextlib.suppress(errors.RepositoryNotFoundError):
+            api.auth_check(name, write=True)
+
+
 def _client(name: str, wanted: str, token: str | None) -> Any:
     from huggingface_hub import HfApi, constants
 
@@ -129,4 +143,4 @@ def _explained(api: Any, name: str, revision: str) -> Iterator[None]:
         raise download.unreachable(f"hf::{name}", api.endpoint, problem.__cause__ or problem) from problem
 
 
-HUB = Hub("Hugging Face", resolve, push)
+HUB = Hub("Hugging Face", resolve, push, check_push)

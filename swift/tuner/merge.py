@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,40 @@ PROBES = (
 )
 
 
+@dataclass(frozen=True)
+class Merged:
+    """The merged model in ``path``; the model ``base`` and the ``adapter`` that it is made of; how much they differ at most.
+
+    ``difference`` of a log-probability in float32, ``stored`` in the precision ``dtype`` of the file.
+    """
+
+    path: Path
+    base: str
+    base_path: Path
+    reference: str
+    revision: str
+    sha256: dict[str, str]
+    adapter: Path
+    difference: float
+    stored: float
+    dtype: str
+
+    def summary(self) -> str:
+        return (
+            f"merged {self.adapter} into {self.path}: largest difference of a log-probability {self.difference:.2g} in float32, "
+            f"{self.stored:.2g} as stored in {self.dtype}"
+        )
+
+
 def run_merge(config: MergeConfig) -> Path:
-    """Merge, compare, write; the folder of the merged model.
+    """Merge, compare, write; the folder of the merged model."""
+    merged = merge(config)
+    console.say(merged.summary())
+    return merged.path
+
+
+def merge(config: MergeConfig) -> Merged:
+    """Merge, compare, write.
 
     The merge is done and compared in float32; the file has the precision of the base model.
     Raises CheckpointError, and writes nothing, if a log-probability moves by more than --max_difference.
@@ -73,11 +106,10 @@ def run_merge(config: MergeConfig) -> Path:
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    console.say(
-        f"merged {folder} into {target}: largest difference of a log-probability {difference:.2g} in float32, "
-        f"{stored:.2g} as stored in {str(dtype).removeprefix('torch.')}"
+    name = str(dtype).removeprefix("torch.")
+    return Merged(
+        target, reference, snapshot.path, snapshot.reference, snapshot.revision, snapshot.sha256, folder, difference, stored, name
     )
-    return target
 
 
 def base_of(folder: Path) -> str:
