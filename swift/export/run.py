@@ -67,7 +67,8 @@ def _export(config: ExportConfig) -> Path:
     target = output_folder(config)
     refuse_target(target, exist_ok=config.exist_ok, keep=())
     source = find_source(config)
-    refuse_target(target, exist_ok=config.exist_ok, keep=[source.model.path, *([source.adapter] if source.adapter else [])])
+    inputs = [source.model.path, *filter(None, [source.adapter]), *filter(Path.exists, map(Path, config.dataset))]
+    refuse_target(target, exist_ok=config.exist_ok, keep=inputs)
     if exporter is not None:
         exporter.check(source.model, config)
     held_out: list[list[int]] = []

@@ -14,7 +14,9 @@ __all__ = ["half", "loopback", "own_cache", "point_at"]
 
 
 class Half:
-    """Writes float16 safetensors, and reads them back by transformers in a model of its own."""
+    """Writes float16 safetensors, and reads them back by transformers in a model of its own; ``noise`` spoils the weights."""
+
+    noise = 0.0
 
     def check(self, model, config):
         self.checked = model
@@ -26,7 +28,8 @@ class Half:
             if file.suffix in (".json", ".jinja") and file.name not in ("merge.json", "swift-snapshot.json"):
                 shutil.copy(file, folder)
         for file in model.weight_files:
-            save_file({name: tensor.half() for name, tensor in load_file(file).items()}, folder / file.name, metadata={"format": "pt"})
+            tensors = {name: (tensor + self.noise * torch.randn_like(tensor)).half() for name, tensor in load_file(file).items()}
+            save_file(tensors, folder / file.name, metadata={"format": "pt"})
         settings = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(settings | {"dtype": "float16"}))
         return Artifact(folder, "float16 safetensors", tuple(file.name for file in model.weight_files))
