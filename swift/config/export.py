@@ -188,7 +188,7 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
         if not _is_size(self.max_shard_size):
             raise ConfigError(f"--max_shard_size takes a size such as 5GB, not {self.max_shard_size!r}")
         if self.to is not None:
-            self.refuse_without_effect(("max_shard_size",), f"with --to {self.to}")
+            self.refuse_without_effect(("max_shard_size", "torch_dtype"), f"with --to {self.to}")
 
     def _check_upload(self) -> None:
         if not self.push_to_hub:

@@ -16,6 +16,7 @@ from swift.export.folder import merged_folder
 from swift.files import sha256_file
 from swift.model.artifact import ModelFolder
 from swift.model.checkpoints import adapter_folder, model_reference
+from swift.model.load import checkpoint_dtype
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,15 @@ def weights_of(source: Source, config: ExportConfig, target: Path) -> Iterator[M
     """The model with the adapter in its weights, merged and checked in float32, in a folder that vanishes with the block.
 
     The file keeps float32: rounded to 16 bits once more before it is quantized or converted, it would be another model.
+    What is not quantized goes back to the precision of the model that the adapter belongs to.
     """
     if source.adapter is None:
         yield source.model
         return
     from swift.tuner.merge import merge
 
+    if config.quant_method is not None and config.torch_dtype is None:
+        config.derive("torch_dtype", str(checkpoint_dtype(source.model.path)).removeprefix("torch."), "that of the model")
     place = merged_folder(target)
     merged = merge(merge_config(config, output_dir=str(place / "model"), model=source.model.name, torch_dtype="float32"))
     gc.collect()  # the models that were compared

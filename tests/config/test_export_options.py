@@ -110,6 +110,7 @@ def test_a_command_line_of_ms_swift_is_read(line, expected):
         ("--model M --to gguf --quant_batch_size 2", "--quant_batch_size has no effect with --to gguf, which needs no calibration"),
         ("--model M --to gguf --quant_eval_samples 0 --dataset X", "--dataset has no effect with --quant_eval_samples 0"),
         ("--model M --to gguf --max_shard_size 1GB", "--max_shard_size has no effect with --to gguf"),
+        ("--model M --to onnx --torch_dtype float16", "--torch_dtype has no effect with --to onnx"),
         ("--model M --quant_method hqq", "--quant_method does not know 'hqq'"),
         ("--model M --to_mcore true", "option --to_mcore is not available: Megatron checkpoints are neither read nor written yet"),
         ("--model M --to_cached_dataset true", "option --to_cached_dataset is not available"),
@@ -171,7 +172,7 @@ def test_every_option_is_given_on_to_the_merge_but_those_of_quantizing():
 
 def test_python_has_names_that_its_packages_do_not_hide():
     import swift.export.run
-    import swift.quantize.run  # noqa: F401
+    import swift.quantize.run
 
     assert {"export_model", "quantize_model", "export_awq_model"} <= set(dir(swift))
     assert callable(swift.export_model)

@@ -208,7 +208,7 @@ def test_an_interruption_leaves_nothing(half, tiny_model, tmp_path, monkeypatch)
 
 def test_a_loss_above_max_kl_leaves_nothing(half, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(half, "noise", 0.05)
-    with pytest.raises(ModelError, match="more than --max_kl 0.0001; nothing was written"):
+    with pytest.raises(ModelError, match=r"more than --max_kl 0\.0001; nothing was written"):
         write(tiny_model, tmp_path, max_kl=1e-4)
     assert names(tmp_path) == []
     assert write(tiny_model, tmp_path, max_kl=10.0).is_dir()
