@@ -188,7 +188,9 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
         if not _is_size(self.max_shard_size):
             raise ConfigError(f"--max_shard_size takes a size such as 5GB, not {self.max_shard_size!r}")
         if self.to is not None:
-            self.refuse_without_effect(("max_shard_size", "torch_dtype"), f"with --to {self.to}")
+            self.refuse_without_effect(("max_shard_size",), f"with --to {self.to}")
+        if self.to in TARGETS and self.to != "tensorrt_llm":
+            self.refuse_without_effect(("torch_dtype",), f"with --to {self.to}")
 
     def _check_upload(self) -> None:
         if not self.push_to_hub:
@@ -296,7 +298,9 @@ class QuantizeConfig(ExportConfig):
 
 
 def _is_size(text: str) -> bool:
-    return re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]?i?B", text, re.IGNORECASE) is not None
+    """Whether ``text`` is such as 5GB, 500MB or 1.5GiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[KMGT]?i?B?", text.strip(), re.IGNORECASE)
+    return found is not None and float(found[1]) > 0
 
 
 def _check_pattern(pattern: str) -> None:

@@ -22,7 +22,7 @@ def write_card(folder: Path, source: Source, report: Report, artifact: Artifact,
     parts = [
         front_matter(source, config, library=_library(config), tags=_tags(config)),
         f"# {name}\n",
-        f"{_origin(source)} {_deed(config, report)} by swift {__version__}.\n",
+        f"{_origin(source)} {_deed(config, report, artifact)} by swift {__version__}.\n",
         *_report(report, source),
         *_worst(report),
         *_calibration(config, report),
@@ -97,10 +97,11 @@ def _origin(source: Source) -> str:
     return f"Made of {model}."
 
 
-def _deed(config: ExportConfig, report: Report) -> str:
+def _deed(config: ExportConfig, report: Report, artifact: Artifact) -> str:
     if config.quant_method is None:
         return f"Written as {report.format}"
-    group = f" in groups of {config.group_size}" if config.quant_method in ("gptq", "awq") and config.group_size > 0 else ""
+    size = artifact.facts.get("group_size", config.group_size)  # smaller than asked for where widths are no multiple of it
+    group = f" in groups of {size}" if config.quant_method in ("gptq", "awq") and size > 0 else ""
     return f"Quantized to {config.quant_bits} bits{group} ({config.quant_method}, checkpoint format {config.quant_format})"
 
 
@@ -112,7 +113,7 @@ def _report(report: Report, source: Source) -> list[str]:
     if report.perplexity_before is not None and report.perplexity_after is not None:
         rows.append(("perplexity", f"{report.perplexity_before:.4g}", f"{report.perplexity_after:.4g}"))
     if report.kl is not None:
-        rows.append(("divergence from the original (nats a token)", "0", f"{report.kl:.4f}"))
+        rows.append(("divergence from the original (nats a token)", "0", f"{report.kl:.3g}"))
     if report.same_token is not None:
         rows.append(("likeliest token the same", "100%", f"{report.same_token:.1%}"))
     lines = ["## What it costs and what was lost\n", *_table(("", "before", "after"), rows)]

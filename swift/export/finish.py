@@ -1,5 +1,7 @@
 """The end of an export: the report, the model card, the audit record."""
 
+import re
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from swift.tuner.merge import Merged
 
 AUDIT_FILE = "audit.jsonl"
+_LICENCE = re.compile(r"(licen[cs]e|notice|use_policy)", re.IGNORECASE)
 _PLACES = {"model", "adapters", "output_dir", "dataset", "chat_template", "system", "columns"}  # these may name files of this machine
 
 
@@ -62,14 +65,23 @@ def finish(folder: Path, source: Source, report: Report, done: Done, config: Exp
         )
     report.enforce(config.max_kl)
     write_json(folder / REPORT_FILE, report.as_dict())
+    _copy_licences(source.model.path, folder)
     write_card(folder, source, report, done.artifact, config, name=name)
     result = {name: getattr(report, name) for name in ("format", "loader", "tokens", "kl", "perplexity_before", "perplexity_after")}
     _record(folder, source, config, {"result": result})
 
 
+def _copy_licences(source: Path, folder: Path) -> None:
+    """The texts that go with a model wherever it goes."""
+    for file in visible_files(source):
+        if _LICENCE.match(file.name) and file.parent == source and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+
 def finish_merge(merged: "Merged", config: ExportConfig) -> None:
     """The card and the record of a merged model."""
     source = Source(ModelFolder(merged.base_path, merged.base), merged.reference, merged.revision, merged.sha256, merged.adapter)
+    _copy_licences(merged.base_path, merged.path)
     merge_card(merged.path, source, difference=merged.difference, stored=merged.stored, config=config)
     _record(merged.path, source, config, {"result": {"difference": merged.difference, "stored": merged.stored}})
 
@@ -103,6 +115,6 @@ def summary(target: Path, report: Report) -> str:
     if report.kl is not None and report.perplexity_before is not None and report.perplexity_after is not None:
         text += (
             f"; on {report.tokens} held-out tokens perplexity {report.perplexity_before:.2f} -> {report.perplexity_after:.2f}, "
-            f"divergence {report.kl:.4f} nats a token (read by {report.loader})"
+            f"divergence {report.kl:.3g} nats a token (read by {report.loader})"
         )
     return "; ".join([text, *report.notes])

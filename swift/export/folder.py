@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from swift import console
-from swift.errors import ConfigError, MachineError
+from swift.errors import ConfigError, DataError, DependencyError, HubError, MachineError
 from swift.files import explain_os_errors
 
 REPORT_FILE = "swift_report.json"
@@ -73,9 +73,11 @@ def claimed(target: Path) -> Iterator[None]:
 def whole_folder(target: Path, *, resumes: bool = False) -> Iterator[Path]:
     """A folder that becomes ``target``, in place of one that is there, when the block ends well, and vanishes otherwise.
 
-    With ``resumes`` what a killed or interrupted run left is given again, and an interruption leaves it.
+    With ``resumes`` what a killed or interrupted run left is given again, and an interruption leaves it; so does a mistake in
+    the next command line, which must not cost the work of hours.
     """
     temporary = partial_folder(target)
+    was_there = resumes and temporary.exists()
     if not resumes:
         shutil.rmtree(temporary, ignore_errors=True)
     is_kept = False
@@ -89,9 +91,12 @@ def whole_folder(target: Path, *, resumes: bool = False) -> Iterator[Path]:
     except KeyboardInterrupt:
         is_kept = resumes and temporary.exists()
         raise
+    except (ConfigError, DataError, HubError, DependencyError):
+        is_kept = was_there
+        raise
     finally:
         if is_kept:
-            console.notice(f"the same command goes on where it was; what is done lies in {temporary}")
+            console.notice(f"the same command as before goes on where it was; what is done lies in {temporary}")
         else:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -332,6 +332,16 @@ def test_an_interrupted_folder_is_given_again_if_it_resumes(tmp_path, capsys):
     assert names(tmp_path) == ["out"]
 
 
+def test_a_mistake_does_not_cost_the_work_of_an_interrupted_run(tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    with pytest.raises(DataError), whole_folder(tmp_path / "out", resumes=True):
+        raise DataError("a mistyped data set")
+    assert names(tmp_path) == [".out.partial"]
+    with pytest.raises(ModelError), whole_folder(tmp_path / "out", resumes=True):
+        raise ModelError("too much was lost")
+    assert names(tmp_path) == []
+
+
 def test_two_cannot_write_one_folder(tmp_path):
     with claimed(tmp_path / "out"):
         with pytest.raises(MachineError, match="another process"), claimed(tmp_path / "out"):
@@ -380,6 +390,32 @@ def _base(checkpoint):
     from pathlib import Path
 
     return Path(json.loads((checkpoint / "args.json").read_text())["model"])
+
+
+def test_an_adapter_is_merged_and_quantized_and_the_rest_has_the_precision_of_its_model(rows, tmp_path):
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    from swift.api import quantize_model, sft
+
+    base = make_model(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    options = {"max_steps": 1, "output_dir": str(tmp_path / "run"), "add_version": False, "report_to": "none", "report_samples": 0}
+    checkpoint = sft(model=str(base), dataset=str(rows), **options).checkpoint
+    small = {"quant_n_samples": 4, "quant_eval_samples": 2, "max_length": 64, "group_size": 32}
+    folder = quantize_model(adapters=str(checkpoint), quant_method="gptq", **small)
+    assert folder == checkpoint.with_name(f"{checkpoint.name}-gptq-int4")
+    assert not [path for path in checkpoint.parent.iterdir() if path.name.startswith(f".{folder.name}")]
+    with safe_open(folder / "model.safetensors", framework="pt") as opened:
+        assert opened.get_tensor("model.embed_tokens.weight").dtype == torch.bfloat16
+    report = json.loads((folder / "swift_report.json").read_text())
+    assert report["bytes_before"] == (base / "model.safetensors").stat().st_size
+
+
+def test_the_licence_goes_where_the_model_goes(half, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "m")
+    (model / "LICENSE.txt").write_text("terms")
+    assert (write(model, tmp_path) / "LICENSE.txt").read_text() == "terms"
 
 
 def test_a_merged_model_vanishes_when_the_export_fails(half, run, tmp_path, monkeypatch):
