@@ -62,6 +62,9 @@ class QuantizeOptions(Config):
         "gptq or awq (few bits, calibrated), fp8 or int8 (8 bits for weights and activations), bnb (bitsandbytes); "
         "gptq_v2 is gptq in the format of that name",
         choices=(*METHODS, "gptq_v2"),
+        refused=dict.fromkeys(
+            ("hqq", "eetq", "quanto"), "it quantizes while loading, and few engines read what it saves; bnb is of its kind"
+        ),
     )
     quant_bits: int | None = opt(None, "bits a weight; by default 4, and 8 with fp8 and int8", minimum=2, maximum=8)
     quant_format: str | None = opt(

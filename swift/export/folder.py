@@ -10,7 +10,7 @@ from typing import TextIO
 
 from swift import console
 from swift.errors import ConfigError, DataError, DependencyError, HubError, MachineError
-from swift.files import explain_os_errors
+from swift.files import explain_os_errors, give_back, replace_folder, sync
 
 REPORT_FILE = "swift_report.json"
 MODEL_FILES = (REPORT_FILE, "config.json", "merge.json")  # a folder without any of these is no export, and never replaced
@@ -28,8 +28,8 @@ def merged_folder(target: Path) -> Path:
 
 def refuse_target(target: Path, *, exist_ok: bool, keep: Iterable[Path]) -> None:
     """ConfigError if ``target`` is taken, or if replacing it would take away what is in ``keep``, or what is no model."""
-    _give_back(target)
-    if not _is_there(target) or (target.is_dir() and not any(target.iterdir())):
+    give_back(target)
+    if not (target.exists() or target.is_symlink()) or (target.is_dir() and not any(target.iterdir())):
         return
     if not exist_ok:
         raise ConfigError(f"{target} exists", hint="choose another --output_dir, or say --exist_ok true to replace it")
@@ -86,8 +86,8 @@ def whole_folder(target: Path, *, resumes: bool = False) -> Iterator[Path]:
             temporary.mkdir(parents=True, exist_ok=True)
             yield temporary
             for file in temporary.rglob("*"):
-                _sync(file)
-            _exchange(temporary, target)
+                sync(file)
+            replace_folder(temporary, target)
     except KeyboardInterrupt:
         is_kept = resumes and temporary.exists()
         raise
@@ -108,48 +108,3 @@ def _locked(file: TextIO, path: Path) -> bool:
         return os.fstat(file.fileno()).st_ino == path.stat().st_ino
     except (BlockingIOError, FileNotFoundError):
         return False
-
-
-def _exchange(new: Path, target: Path) -> None:
-    """Put ``new`` in the place of ``target``. At each moment one of both is there, or can be given back."""
-    aside = _aside(target)
-    _remove(aside)
-    if _is_there(target):
-        os.rename(target, aside)
-    try:
-        os.rename(new, target)
-    except BaseException:
-        _give_back(target)
-        raise
-    _sync(target.parent)
-    _remove(aside)
-
-
-def _give_back(target: Path) -> None:
-    """After a replacement that was killed: the old folder, if the new one did not come into its place."""
-    aside = _aside(target)
-    if _is_there(aside) and not _is_there(target):
-        os.rename(aside, target)
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
-
-
-def _is_there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -55,8 +55,13 @@ def _merge(config: ExportConfig) -> Path:
     """The merged model alone, in the precision of the model it was trained on."""
     from swift.tuner.merge import merge
 
-    merged = merge(merge_config(config))
-    finish_merge(merged, config)
+    adapter = adapter_folder(config.adapters[0])
+    target = Path(config.output_dir) if config.output_dir else adapter.with_name(f"{adapter.name}-merged")
+    base = Path(model_reference(config.model)) if config.model else adapter
+    refuse_target(target, exist_ok=config.exist_ok, keep=[adapter, *([base] if base.is_dir() else [])])
+    with claimed(target):
+        merged = merge(merge_config(config))
+        finish_merge(merged, config)
     console.say(merged.summary())
     return merged.path
 

@@ -82,7 +82,7 @@ def push(
     revision: str | None = None,
 ) -> str:
     """Upload the folder ``path`` to the model repository ``name``, made if need be; returns the address of the commit."""
-    api = _client(name, revision or _MAIN, token)
+    api = _client(name, revision or _MAIN, token, uploads=True)
     with _explained(api, name, revision or _MAIN), download.quiet_bars():
         made = api.create_repo(name, private=private, exist_ok=True)
         what = {"folder_path": path, "ignore_patterns": download.NOT_PUSHED}
@@ -97,7 +97,7 @@ def check_push(name: str, *, token: str | None = None) -> None:
     """HubError if the token is none, or may not write to ``name``; whether a new repository may be made shows only then."""
     from huggingface_hub import errors
 
-    api = _client(name, _MAIN, token)
+    api = _client(name, _MAIN, token, uploads=True)
     with _explained(api, name, _MAIN):
         try:
             api.whoami()
@@ -107,9 +107,11 @@ def check_push(name: str, *, token: str | None = None) -> None:
             api.auth_check(name, write=True)
 
 
-def _client(name: str, wanted: str, token: str | None) -> Any:
+def _client(name: str, wanted: str, token: str | None, *, uploads: bool = False) -> Any:
     from huggingface_hub import HfApi, constants
 
+    if constants.HF_HUB_OFFLINE and uploads:
+        raise HubError(f"hf::{name}: HF_HUB_OFFLINE is set, and an upload needs the hub", hint="unset HF_HUB_OFFLINE")
     if constants.HF_HUB_OFFLINE:
         raise download.not_cached("hf", name, wanted, because="HF_HUB_OFFLINE is set")
     api = HfApi(token=token, library_name="swift")

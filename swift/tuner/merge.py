@@ -11,7 +11,7 @@ import torch
 from swift import console, hub
 from swift.config.commands import MergeConfig
 from swift.errors import CheckpointError, ConfigError
-from swift.files import new_folder, write_json
+from swift.files import give_back, new_folder, replace_folder, write_json
 from swift.model.checkpoints import adapter_folder, model_reference
 from swift.model.device import DTYPES
 from swift.model.load import checkpoint_dtype, load_model
@@ -69,6 +69,7 @@ def merge(config: MergeConfig) -> Merged:
     refuse_start_from_lost_bits(folder)
     reference = model_reference(config.model) if config.model else base_of(folder)
     target = Path(config.output_dir) if config.output_dir else folder.with_name(f"{folder.name}-merged")
+    give_back(target)
     if target.exists() and not config.exist_ok:
         raise ConfigError(f"{target} exists", hint="choose another --output_dir, or say --exist_ok true to replace it")
     snapshot = hub.resolve(reference, config.model_revision, use_hf=config.use_hf, token=config.hub_token, offline=config.offline)
@@ -101,9 +102,7 @@ def merge(config: MergeConfig) -> Merged:
                 f"the model as stored in {str(dtype).removeprefix('torch.')} differs from the adapter by {stored:.2g}",
                 hint="--torch_dtype float32 keeps all bits; nothing was written",
             )
-        if target.exists():
-            shutil.rmtree(target)
-        staging.rename(target)
+        replace_folder(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     name = str(dtype).removeprefix("torch.")

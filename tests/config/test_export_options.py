@@ -111,7 +111,7 @@ def test_a_command_line_of_ms_swift_is_read(line, expected):
         ("--model M --to gguf --quant_eval_samples 0 --dataset X", "--dataset has no effect with --quant_eval_samples 0"),
         ("--model M --to gguf --max_shard_size 1GB", "--max_shard_size has no effect with --to gguf"),
         ("--model M --to onnx --torch_dtype float16", "--torch_dtype has no effect with --to onnx"),
-        ("--model M --quant_method hqq", "--quant_method does not know 'hqq'"),
+        ("--model M --quant_method hqq", "--quant_method hqq is not available: it quantizes while loading"),
         ("--model M --to_mcore true", "option --to_mcore is not available: Megatron checkpoints are neither read nor written yet"),
         ("--model M --to_cached_dataset true", "option --to_cached_dataset is not available"),
         ("--model M --to_peft_format true", "option --to_peft_format is not available: adapters are in PEFT's format from the start"),

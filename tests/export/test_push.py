@@ -110,6 +110,12 @@ def test_a_blob_that_failed_once_is_sent_again(loopback, kind, tiny_model, tmp_p
     assert arrived(loopback, kind)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
 
+def test_a_client_that_is_told_to_stay_offline_says_so(loopback, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set, and an upload needs the hub"):
+        upload(tiny_model, "hf", tmp_path)
+
+
 @KINDS
 def test_a_hub_that_is_down_ends_the_command_first(tiny_model, tmp_path, monkeypatch, kind):
     from tests.hub.conftest import point_at

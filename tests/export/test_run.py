@@ -412,6 +412,14 @@ def test_an_adapter_is_merged_and_quantized_and_the_rest_has_the_precision_of_it
     assert report["bytes_before"] == (base / "model.safetensors").stat().st_size
 
 
+def test_a_merge_never_replaces_what_it_reads(run):
+    checkpoint = run().checkpoint
+    for place in (checkpoint, checkpoint.parent):
+        with pytest.raises(ConfigError, match="would replace"):
+            export_model(adapters=str(checkpoint), output_dir=str(place), exist_ok=True)
+    assert (checkpoint / "adapter_model.safetensors").is_file()
+
+
 def test_the_licence_goes_where_the_model_goes(half, tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "m")
     (model / "LICENSE.txt").write_text("terms")
