@@ -28,6 +28,7 @@ from swift.engine.native.vision import Vision, named, try_vision
 from swift.engine.writer import Writer
 from swift.errors import ConfigError, DataError, MachineError, ModelError
 from swift.model.load import Loaded, end_tokens
+from swift.model.quantized.linear import QuantizedLinear
 
 LOGPROB_ROWS = 64  # of a prompt, whose logits are turned into log-probabilities at once
 
@@ -304,11 +305,13 @@ def make(loaded: Loaded, config: GenerateConfig) -> NativeEngine:
 
 def _copy_what_stays(model: Any) -> None:
     """Weights that are not packed get memory of their own: they are parts of the mapped file, which one of them would hold whole."""
-    packed = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    modules = [module for module in model.modules() if not isinstance(module, QuantizedLinear)]
+    packed = {id(module.weight) for module in modules if isinstance(module, torch.nn.Linear)}
     packed.discard(id(model.get_input_embeddings().weight))  # of which the head may be a second use
-    for weight in (*model.parameters(), *model.buffers()):
-        if id(weight) not in packed:
-            weight.data = weight.data.clone()
+    for module in modules:
+        for weight in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if id(weight) not in packed:
+                weight.data = weight.data.clone()
 
 
 def _give_back_memory() -> None:
@@ -330,7 +333,7 @@ def _merged(loaded: Loaded) -> Loaded:
 def _weights(loaded: Loaded, wanted: str | None) -> Any:
     if wanted == "torch":
         return None
-    if loaded.device.type != "cpu" or loaded.dtype != torch.float32 or getattr(loaded.model, "is_quantized", False):
+    if loaded.device.type != "cpu" or loaded.dtype != torch.float32 or _is_foreign(loaded.model):
         if wanted is not None:
             kind = f"{str(loaded.dtype).removeprefix('torch.')} on {loaded.device}"
             raise ConfigError(
@@ -345,6 +348,11 @@ def _weights(loaded: Loaded, wanted: str | None) -> Any:
         console.notice(f"{problem}; torch's own kernels are used, which are slower" + (f" ({problem.hint})" if problem.hint else ""))
         return None
     return wanted or "auto"
+
+
+def _is_foreign(model: Any) -> bool:
+    """Whether the weights are in few bits that another package alone can read."""
+    return getattr(model, "is_quantized", False) and not any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
 def _accepted(tokens: List[int], draft: List[int]) -> int:
