@@ -19,7 +19,7 @@ from swift.engine.native.blocks import ROOT, Blocks
 from swift.engine.native.compiled import kernels
 from swift.engine.native.guide import Guides
 from swift.engine.native.ngram import Guesser
-from swift.engine.native.packed import Format
+from swift.engine.native.packed import Format, pack_quantized
 from swift.engine.native.pages import PagedCache
 from swift.engine.native.runner import Runner, paging_fault
 from swift.engine.native.sampler import Chooser, choose, logprobs
@@ -295,6 +295,7 @@ def make(loaded: Loaded, config: GenerateConfig) -> NativeEngine:
     loaded = _merged(loaded)
     if options.weights is None:
         return NativeEngine(loaded, options)
+    pack_quantized(loaded.model, options.weights)  # first, for the trials that follow
     _copy_what_stays(loaded.model)
     engine = NativeEngine(loaded, options)
     if engine.runner.program is None:
@@ -305,13 +306,11 @@ def make(loaded: Loaded, config: GenerateConfig) -> NativeEngine:
 
 def _copy_what_stays(model: Any) -> None:
     """Weights that are not packed get memory of their own: they are parts of the mapped file, which one of them would hold whole."""
-    modules = [module for module in model.modules() if not isinstance(module, QuantizedLinear)]
-    packed = {id(module.weight) for module in modules if isinstance(module, torch.nn.Linear)}
+    packed = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
     packed.discard(id(model.get_input_embeddings().weight))  # of which the head may be a second use
-    for module in modules:
-        for weight in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if id(weight) not in packed:
-                weight.data = weight.data.clone()
+    for weight in (*model.parameters(), *model.buffers()):
+        if id(weight) not in packed:
+            weight.data = weight.data.clone()
 
 
 def _give_back_memory() -> None:

@@ -50,6 +50,7 @@ class PackedLinear(nn.Module):
         if isinstance(weight, Tensor):
             self.out_features, self.in_features = weight.shape
             self.packed = pack(weight.detach(), format, width)
+            self.bytes_before = weight.numel() * weight.element_size()
         else:
             self.out_features, self.in_features = weight.codes.shape
             self.packed = pack_codes(weight, format, width)
@@ -97,32 +98,39 @@ def pack_model(model: Any, format: Format | Literal["auto"]) -> Packed:
 
     ``auto`` keeps what the weights are: 16 bits where nothing is lost by it, else float32. A layer whose inputs are no
     multiple of a group of ``int8`` or ``int4`` is kept as with ``auto``, and so is, with ``int4``, the head: as ``int8``.
-    A layer of a quantized checkpoint keeps its codes, if ``format`` does not ask for other bits; where no kernel holds them
-    exactly it becomes float16, in which others multiply it too.
     MachineError if there is no compiler.
     """
     kernels()
+    pack_quantized(model, format)
     head = model.get_output_embeddings()
     formats: dict[Format, int] = {}
     before = after = 0
     for parent, name, module in list(_children(model)):
-        if isinstance(module, QuantizedLinear):
-            linear = _of_codes(module, format)
-            formats[linear.format] = formats.get(linear.format, 0) + 1
-            before += sum(part.numel() * part.element_size() for part in module.buffers())
-            after += linear.packed.numel() * linear.packed.element_size()
-            setattr(parent, name, linear)
-        elif (weight := _weight(module)) is not None:
+        linear: PackedLinear | None = module if isinstance(module, PackedLinear) else None
+        if (weight := _weight(module)) is not None:
             wanted: Any = "int8" if format == "int4" and module is head else format
-            chosen = _suitable(weight, wanted)
-            linear = PackedLinear(weight, getattr(module, "bias", None), chosen)
-            formats[chosen] = formats.get(chosen, 0) + 1
-            before += weight.numel() * weight.element_size()
-            after += linear.packed.numel() * linear.packed.element_size()
+            linear = PackedLinear(weight, getattr(module, "bias", None), _suitable(weight, wanted))
             setattr(parent, name, linear)
+        if linear is not None:
+            formats[linear.format] = formats.get(linear.format, 0) + 1
+            before += linear.bytes_before
+            after += linear.packed.numel() * linear.packed.element_size()
         elif (found := rms_norm_of(module)) is not None:
             setattr(parent, name, CompiledNorm(*found))
     return Packed(formats, before, after)
+
+
+def pack_quantized(model: Any, format: Format | Literal["auto"]) -> None:
+    """Replace the layers of a quantized checkpoint by compiled ones, which compute much faster.
+
+    A layer keeps its codes, if ``format`` does not ask for other bits; where no kernel holds them exactly it becomes float16,
+    in which others multiply it too.
+    """
+    for parent, name, module in list(_children(model)):
+        if isinstance(module, QuantizedLinear):
+            linear = _of_codes(module, format)
+            linear.bytes_before = sum(part.numel() * part.element_size() for part in module.buffers())
+            setattr(parent, name, linear)
 
 
 def pack(weight: Tensor, format: Format, width: int) -> Tensor:
