@@ -93,7 +93,9 @@ def find_folds(
         for index, fold in enumerate(known or ()):
             if fold is not None and trial.holds(fold, index):
                 found[index] = fold
-        wanted = {index for index in range(len(groups)) if found[index] is None and (known is None or known[index] is not None)}
+        # Experts that the tokens did not reach show nothing, and what had no fold in a block like this has none here.
+        open_ = [index for index in range(len(groups)) if found[index] is None and trial.together_before[index] is not None]
+        wanted = {index for index in open_ if known is None or known[index] is not None}
         for name, offset in _candidates(block):
             if not wanted:
                 break
