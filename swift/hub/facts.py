@@ -36,7 +36,6 @@ def model_facts(snapshot: Snapshot) -> ModelFacts:
         if file.endswith(".safetensors"):
             for dtype, shape in read_header(snapshot.path / file).values():
                 dtypes[dtype] += math.prod(shape)
-    about = cache.manifest(snapshot.path) or {}
     tokenizer = _json(snapshot.path / "tokenizer_config.json")
     return ModelFacts(
         architecture=next(iter(config.get("architectures") or []), config.get("model_type")),
@@ -44,9 +43,9 @@ def model_facts(snapshot: Snapshot) -> ModelFacts:
         dtypes=dict(dtypes.most_common()),
         context_length=inner.get("max_position_embeddings"),
         vocabulary=inner.get("vocab_size"),
-        licence=about.get("licence") or _card_licence(snapshot.path / "README.md"),
+        licence=licence_of(snapshot.path),
         has_chat_template=bool(tokenizer.get("chat_template")) or "chat_template.jinja" in snapshot.files,
-        quantized=list(about.get("quantized") or []),
+        quantized=list((cache.manifest(snapshot.path) or {}).get("quantized") or []),
     )
 
 
@@ -65,6 +64,12 @@ def count_text(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return str(count)
+
+
+def licence_of(path: Path) -> str | None:
+    """The licence of the model in ``path``, as its package or its card states it; None if neither does."""
+    about = cache.manifest(path) or {}
+    return about.get("licence") or _card_licence(path / "README.md")
 
 
 def _card_licence(card: Path) -> str | None:

@@ -6,6 +6,7 @@ predecessors gave; the block's new tensors are written; what it gives is what th
 block where it was.
 """
 
+import contextlib
 import shutil
 import time
 from dataclasses import replace
@@ -52,12 +53,14 @@ def quantize(model: ModelFolder, config: ExportConfig, folder: Path) -> tuple[Ar
     dtype = DTYPES[config.torch_dtype] if config.torch_dtype else checkpoint_dtype(model.path)
     job = Job(skeleton, plan, quantizer, FORMATS.get(str(config.quant_format)), device, dtype)
     progress = Progress(folder / WORK, model, config, plan)
-    with torch.inference_mode():
+    with torch.inference_mode(), contextlib.ExitStack() as open_streams:
         calibration = Stream(
             progress, "calibration", batches_of(found.calibration or found.held_out[:1], config.quant_batch_size), skeleton
         )
         held_out = batches_of(found.held_out, 1)
         original, quantized = (Stream(progress, name, held_out, skeleton) for name in ("original", "quantized"))
+        for stream in (calibration, original, quantized):
+            open_streams.callback(stream.close)
         for index in range(progress.block, len(skeleton)):
             begin = time.monotonic()
             errors = one_block(job, index, calibration, original, quantized, progress)

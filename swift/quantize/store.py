@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from swift.files import reserve
+
 MOST = 2.0**15  # in float16, which holds 65504
 
 
@@ -28,8 +30,7 @@ class Store:
         self._shapes: dict[int, tuple[int, ...]] = {}
         self._scales: dict[int, float] = {}
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        if self._places[-1]:
-            os.posix_fallocate(self._file, 0, self._places[-1])
+        reserve(self._file, self._places[-1])
 
     def write(self, index: int, tensor: Tensor) -> None:
         tensor = tensor.detach().cpu()

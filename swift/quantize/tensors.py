@@ -1,7 +1,6 @@
 """Tensors of a model on disk, read one by one, and written so that no more than one is in memory."""
 
 import json
-import os
 import re
 import struct
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swift.errors import ConfigError, ModelError
-from swift.files import machine_error, write_json
+from swift.files import machine_error, reserve, write_json
 from swift.hub.safetensors_header import Entry, num_bytes, read_entries
 from swift.model.artifact import ModelFolder
 
@@ -129,7 +128,7 @@ def _write_shard(path: Path, shard: dict[str, Source], casts: dict[str, torch.dt
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, 8 + len(text) + place)  # a full disk is found before anything is copied
+        reserve(file.fileno(), 8 + len(text) + place)
         file.write(struct.pack("<Q", len(text)) + text)
         for name, (source, entry) in shard.items():
             for begin in range(entry.begin, entry.end, PART):

@@ -19,9 +19,12 @@ from swift.errors import ConfigError, MachineError, ModelError
 from swift.export.finish import REPORT_FILE, partial_folder
 from swift.export.run import run_export
 from swift.model.artifact import ModelFolder
+from swift.model.load import load_model
 from swift.model.quantized import FORMATS
 from swift.model.quantized.base import GroupedWeight
+from swift.model.tokenizer import load_tokenizer
 from swift.quantize.base import Inputs
+from swift.quantize.calibrate import documents
 from swift.quantize.head import measure
 from swift.quantize.passes import BlockPasses, batches_of, gather, mirror
 from swift.quantize.skeleton import Skeleton
@@ -29,7 +32,7 @@ from swift.quantize.store import Store
 from swift.quantize.tensors import Checkpoint
 from swift.quantize.trial import find_levels
 from tests.families import FAMILIES, build
-from tests.tiny import make_model
+from tests.tiny import make_model, make_tokenizer
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -204,12 +207,52 @@ def quantize(model: Path, rows: Path, out: Path, **options) -> Path:
     return run_export(build_config(QuantizeConfig, ("argument", given | options)))
 
 
-def dense(folder: Path, layer: str) -> torch.Tensor:
-    """The weights of a layer in a checkpoint in GPTQ's format."""
-    form = FORMATS.get("gptq")
+def dense(folder: Path, layer: str, name: str = "gptq") -> torch.Tensor:
+    """The weights of a layer in a checkpoint in the format ``name``."""
+    form = FORMATS.get(name)
     tensors = Checkpoint(sorted(folder.glob("*.safetensors")))
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     return form.read(layer, tensors.read, form.settings(config)).dequantize()
+
+
+def held_out(model: Path, rows: Path) -> list[list[int]]:
+    """The documents that measure, as the quantizer chooses them."""
+    given = {"model": str(model), "quant_method": "gptq", "dataset": [str(rows)], "quant_n_samples": 12, "quant_eval_samples": 4}
+    config = build_config(QuantizeConfig, ("argument", given | {"max_length": 64}))
+    return documents(config, load_tokenizer(model)).held_out
+
+
+SCALED = ["llama", "qwen2", "qwen3", "phi3", "granite", "mixtral"]
+OTHERS = ["cohere", "gemma2", "gemma3_text", "olmo2", "opt", "gpt_neox"]
+
+
+@pytest.mark.parametrize("family", SCALED + OTHERS)
+def test_awq_scales_what_it_can_and_measures_what_it_wrote(family, tmp_path, rows):
+    """The report's divergence beside transformers' forward pass with every tensor of the written file, norms included."""
+    folder = tmp_path / "m"
+    size = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 320, "head_dim": 16, "max_position_embeddings": 512}
+    size |= {"ffn_dim": 128, "word_embed_proj_dim": 64} if family == "opt" else {}
+    model = build(family, **size, bos_token_id=None, eos_token_id=2, pad_token_id=3)
+    model.save_pretrained(folder)
+    make_tokenizer(folder)
+    out = quantize(folder, rows, tmp_path / "q", quant_method="awq")
+    report = json.loads((out / REPORT_FILE).read_text())
+    kept, original = (Checkpoint(sorted(place.glob("*.safetensors"))) for place in (out, folder))
+    pieces = held_out(folder, rows)
+    filled = tmp_path / "dense"
+    shutil.copytree(folder, filled)
+    tensors = {name: kept.read(name) if name in kept else dense(out, name.removesuffix(".weight"), "awq") for name in original.sources}
+    save_file(tensors, filled / "model.safetensors", {"format": "pt"})
+    with torch.inference_mode():
+        before, after = (
+            [loaded.model(input_ids=torch.tensor([piece])).logits[0].log_softmax(-1) for piece in pieces]
+            for loaded in (load_model(place, torch_dtype="float32", device="cpu") for place in (folder, filled))
+        )
+    kl = sum(float((a.exp() * (a - b)).sum()) for a, b in zip(before, after, strict=True)) / sum(map(len, pieces))
+    assert report["kl"] == pytest.approx(kl, rel=1e-2)
+    assert 0 < report["kl"] < 0.2
+    moved = [name for name in original.sources if name in kept and not torch.equal(kept.read(name), original.read(name))]
+    assert bool(moved) or family not in SCALED  # norms that took a scale
 
 
 def test_a_quantized_model_has_fewer_bytes_and_a_report(tmp_path, rows):
@@ -234,23 +277,11 @@ def test_a_quantized_model_has_fewer_bytes_and_a_report(tmp_path, rows):
 
 def test_measured_by_blocks_is_measured_on_the_whole_model(tmp_path, rows):
     """The report's divergence beside transformers' forward pass with the weights that the file gives."""
-    from swift.model.load import load_model
-    from swift.quantize.calibrate import documents
-
     model = wide(tmp_path / "m")
     out = quantize(model, rows, tmp_path / "q", quant_bits=2)
     report = json.loads((out / REPORT_FILE).read_text())
-    given = {
-        "model": str(model),
-        "quant_method": "gptq",
-        "dataset": [str(rows)],
-        "quant_n_samples": 12,
-        "quant_eval_samples": 4,
-        "max_length": 64,
-    }
-    config = build_config(QuantizeConfig, ("argument", given))
     loaded = load_model(model, torch_dtype="float32", device="cpu")
-    pieces = documents(config, loaded.tokenizer).held_out
+    pieces = held_out(model, rows)
     with torch.inference_mode():
         before = [loaded.model(input_ids=torch.tensor([piece])).logits[0].log_softmax(-1) for piece in pieces]
         for name, module in loaded.model.model.layers.named_modules():
@@ -262,9 +293,6 @@ def test_measured_by_blocks_is_measured_on_the_whole_model(tmp_path, rows):
 
 
 def test_calibration_and_measuring_share_no_document(tmp_path, rows):
-    from swift.model.tokenizer import load_tokenizer
-    from swift.quantize.calibrate import documents
-
     model = wide(tmp_path / "m")
     given = {
         "model": str(model),
