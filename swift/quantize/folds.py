@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swift.model.quantized.base import GroupedWeight, Weight
+from swift.model.quantized.base import GroupedWeight, ScaledWeight, Weight
 from swift.quantize.grid import LARGEST, SMALLEST
 
 # K inputs of a group, P channels of a producer, T tokens
@@ -72,10 +72,12 @@ class Fold:
         return scale
 
 
-def divide_rows(weight: Weight, divisor: Tensor) -> GroupedWeight:
-    """``weight`` with its rows divided by ``divisor`` (N,): the codes stay, the scales are rounded to values of float16."""
-    assert isinstance(weight, GroupedWeight)
-    return replace(weight, scales=(weight.scales / divisor[:, None]).clamp(SMALLEST, LARGEST).half().float())
+def divide_rows(weight: Weight, divisor: Tensor) -> Weight:
+    """``weight`` with its rows divided by ``divisor`` (N,): the codes stay. Scales of groups are rounded to values of float16."""
+    if isinstance(weight, GroupedWeight):
+        return replace(weight, scales=(weight.scales / divisor[:, None]).clamp(SMALLEST, LARGEST).half().float())
+    assert isinstance(weight, ScaledWeight) and len(weight.scales) == len(divisor)
+    return replace(weight, scales=weight.scales / divisor[:, None])
 
 
 def find_folds(

@@ -5,6 +5,7 @@ precision from them. So what produces its inputs is divided where that can be do
 Xiao et al., SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models, arXiv 2211.10438.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -142,6 +143,7 @@ def find_smoothing(weight: Tensor, mean_abs: Tensor, max_abs: Tensor, fold: Fold
     best, least = torch.ones_like(size), torch.inf
     for power in (None, *POWERS):
         scale = torch.ones_like(size) if power is None else fold.pool(size**power / columns ** (1 - power))
+        scale = scale / (scale.max() * scale.min()).sqrt()
         scaled = weight * scale
         steps = scaled.abs().amax(1, keepdim=True) / INT8.largest
         of_weights = float((steps.square() * (mean_abs / scale).square()).sum()) / 12
@@ -151,18 +153,15 @@ def find_smoothing(weight: Tensor, mean_abs: Tensor, max_abs: Tensor, fold: Fold
     return best
 
 
-def _reduce(values: Tensor, strategy: str, how: object) -> Tensor:
+def _reduce(values: Tensor, strategy: str, how: Callable[..., Tensor]) -> Tensor:
     """``values`` (N, K) by ``how`` (torch.amax or torch.sum) to one for each scale."""
-    assert callable(how)
     if strategy == "tensor":
-        reduced: Tensor = how(values, (0, 1), True)
-    elif strategy == "channel":
-        reduced = how(values, 1, True)
-    else:
-        rows, columns = values.shape
-        padded = nn.functional.pad(values, (0, -columns % BLOCK, 0, -rows % BLOCK))
-        reduced = how(padded.reshape(-(-rows // BLOCK), BLOCK, -1, BLOCK), (1, 3))
-    return reduced
+        return how(values, (0, 1), True)
+    if strategy == "channel":
+        return how(values, 1, True)
+    rows, columns = values.shape
+    padded = nn.functional.pad(values, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    return how(padded.reshape(-(-rows // BLOCK), BLOCK, -1, BLOCK), (1, 3))
 
 
 def _spread(scales: Tensor, weight: Tensor) -> Tensor:
