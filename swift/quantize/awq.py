@@ -14,6 +14,7 @@ from swift.quantize.base import Inputs
 from swift.quantize.folds import Fold
 from swift.quantize.gptq import inverse_factor, round_columns
 from swift.quantize.grid import find_grid, num_groups, round_to
+from swift.quantize.refine import refine
 
 # N outputs, K inputs, G groups, C scales that are compared, R rows that compare them
 
@@ -70,8 +71,9 @@ class Rounding:
         self.factor = inverse_factor(hessian[self.order][:, self.order], damp)
 
     def round(self, weight: Tensor, scale: Tensor) -> GroupedWeight:
-        """``weight`` (N, K) times ``scale`` (K,) in few bits: the better of rounding to the nearest and of carrying errors over."""
-        carried, nearest = self.carry(weight, scale[None]), self._nearest(weight, scale)
+        """``weight`` (N, K) times ``scale`` (K,) in few bits: the better of rounding to the nearest and of GPTQ."""
+        carried = refine(weight * scale, self.hessian / scale / scale[:, None], self.carry(weight, scale[None]))
+        nearest = self._nearest(weight, scale)
         carried_loss, nearest_loss = (self.losses(weight, found, scale[None]).sum() for found in (carried, nearest))
         return carried if carried_loss <= nearest_loss else nearest
 
@@ -95,7 +97,7 @@ class Rounding:
     def _nearest(self, weight: Tensor, scale: Tensor) -> GroupedWeight:
         bits, symmetric = self.settings.bits, self.settings.symmetric
         scaled = weight * scale
-        grid = find_grid(scaled, bits, self.settings.group_size, symmetric, self.hessian.diagonal() / scale.square())
+        grid = find_grid(scaled, bits, self.settings.group_size, symmetric, self.hessian.diagonal().clamp(min=0).sqrt() / scale)
         return GroupedWeight(round_to(scaled, *grid, bits), *grid, bits, symmetric)
 
 

