@@ -40,6 +40,7 @@ from swift.quantize.tensors import FLOATS, Checkpoint, assemble, size_in_bytes
 WORK = ".work"  # in the output folder, until it is whole
 SKIPPED_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5"}
 WORST = 8
+NO_TEXT = [list(range(16))]  # finds out which layers there are
 
 
 def quantize(model: ModelFolder, config: ExportConfig, folder: Path) -> tuple[Artifact, Measured, tuple[tuple[str, float], ...]]:
@@ -55,7 +56,7 @@ def quantize(model: ModelFolder, config: ExportConfig, folder: Path) -> tuple[Ar
     progress = Progress(folder / WORK, model, config, plan)
     with torch.inference_mode(), contextlib.ExitStack() as open_streams:
         calibration = Stream(
-            progress, "calibration", batches_of(found.calibration or found.held_out[:1], config.quant_batch_size), skeleton
+            progress, "calibration", batches_of(found.calibration or found.held_out[:1] or NO_TEXT, config.quant_batch_size), skeleton
         )
         held_out = batches_of(found.held_out, 1)
         original, quantized = (Stream(progress, name, held_out, skeleton) for name in ("original", "quantized"))
