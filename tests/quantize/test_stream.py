@@ -404,11 +404,9 @@ def test_the_report_is_what_a_reader_of_the_file_finds(options, tmp_path, rows):
     )
     report = json.loads((out / REPORT_FILE).read_text())
     pieces = held_out(model, rows)
+    models = [load_model(place, torch_dtype="float32", device="cpu", rounds_inputs=True).model for place in (model, out)]
     with torch.inference_mode():
-        before, after = (
-            [loaded.model(input_ids=torch.tensor([piece])).logits[0].float().log_softmax(-1) for piece in pieces]
-            for loaded in (load_model(place, torch_dtype="float32", device="cpu", rounds_inputs=True) for place in (model, out))
-        )
+        before, after = ([found(input_ids=torch.tensor([piece])).logits[0].float().log_softmax(-1) for piece in pieces] for found in models)
     kl = sum(float((a.exp() * (a - b)).sum()) for a, b in zip(before, after, strict=True)) / sum(map(len, pieces))
     assert report["kl"] == pytest.approx(kl, rel=2e-2, abs=2e-7)
     assert report["kl"] < 0.1
