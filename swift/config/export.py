@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar
 
 from swift.config.model import ModelConfig
 from swift.config.options import Config, opt
@@ -126,9 +125,6 @@ class PushConfig(Config):
 class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationConfig, ModelConfig):
     """Quantize a model, or write it in another format; an adapter is merged into the weights first."""
 
-    # How a run quantized the frozen weights while it trained is no wish for its export.
-    ignored_of_checkpoint: ClassVar[frozenset[str]] = frozenset(QuantizeOptions.__dataclass_fields__)
-
     output_dir: str | None = opt(None, "where it goes; by default beside the model, with the format in its name")
     exist_ok: bool = opt(False, "replace an output_dir that exists, once the new one is whole")
     merge_lora: bool | None = opt(
@@ -139,6 +135,11 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
     safe_serialization: bool = opt(True, "write safetensors; false is refused")
     load_args: bool = opt(True, "take model and rendering options from the run that --adapters names")
     load_data_args: bool = opt(False, "calibrate with the training data of that run")
+
+    @classmethod
+    def takes_of_checkpoint(cls, name: str) -> bool:
+        """How a run quantized the frozen weights while it trained is no wish for its export."""
+        return super().takes_of_checkpoint(name) and name not in QuantizeOptions.__dataclass_fields__
 
     @property
     def merges_only(self) -> bool:

@@ -8,7 +8,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from swift.config import compat
 from swift.errors import ConfigError, near
@@ -50,14 +50,16 @@ def opt(
 class Config:
     """Base of all configs. ``sources`` says for each field given by somebody where its value came from."""
 
-    ignored_of_checkpoint: ClassVar[frozenset[str]] = frozenset()
-    """Options that a checkpoint does not fill, because they mean something else where it was made."""
-
     def __post_init__(self) -> None:
         self.sources: dict[str, str] = {}
 
     def check(self) -> None:
         """Raise ConfigError for values that cannot go together. Groups extend it and call super().check()."""
+
+    @classmethod
+    def takes_of_checkpoint(cls, name: str) -> bool:
+        """Whether what a checkpoint has saved as ``name`` fills an option here, where it means the same."""
+        return name in cls.__dataclass_fields__
 
     def given(self, name: str) -> bool:
         """Whether the user set ``name``, now and here, to something other than its default."""
@@ -112,7 +114,7 @@ def _parts(kind: Any) -> tuple[Any, ...]:
 
 def of_checkpoint(cls: type[Config], saved: Mapping[str, Any]) -> dict[str, Any]:
     """Of what a checkpoint has ``saved`` the values that ``cls`` takes."""
-    return {name: value for name, value in saved.items() if name in cls.__dataclass_fields__ and name not in cls.ignored_of_checkpoint}
+    return {name: value for name, value in saved.items() if cls.takes_of_checkpoint(name)}
 
 
 def build(cls: type[C], *layers: tuple[str, Mapping[str, Any]]) -> C:

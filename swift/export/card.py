@@ -1,5 +1,6 @@
 """The model card: where an exported model comes from, what it costs, what it lost, and how to use it."""
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ def front_matter(source: Source, config: ExportConfig, *, library: str, tags: Se
 def shown(name: str) -> str:
     """``name`` as others may read it: an id of a hub as it is, of a path of this machine the last part."""
     place, hash_sign, rest = name.partition("#")
-    if place.startswith(("/", ".", "~")) or Path(place).exists():
+    if place.startswith(("/", ".", "~")) or os.path.exists(place):
         place = Path(place).name
     return f"{place}{hash_sign}{rest}"
 

@@ -1,5 +1,6 @@
 """swift export and swift quantize: merge what has to be merged, write, compare with the original, report; then it is there."""
 
+import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +12,7 @@ from swift.export.base import Exporter
 from swift.export.finish import Done, finish, finish_merge, report_of, summary
 from swift.export.folder import claimed, refuse_target, whole_folder
 from swift.export.push import check_push, push, upload_as_it_is
-from swift.export.source import find_source, merge_config, weights_of
+from swift.export.source import Source, find_source, merge_config, weights_of
 from swift.model.artifact import ModelFolder
 from swift.model.checkpoints import adapter_folder, model_reference
 from swift.model.finite import refuse_not_finite
@@ -72,8 +73,6 @@ def _export(config: ExportConfig) -> Path:
     target = output_folder(config)
     refuse_target(target, exist_ok=config.exist_ok, keep=())
     source = find_source(config)
-    inputs = [source.model.path, *filter(None, [source.adapter]), *filter(Path.exists, map(Path, config.dataset))]
-    refuse_target(target, exist_ok=config.exist_ok, keep=inputs)
     if exporter is not None:
         exporter.check(source.model, config)
     held_out: list[list[int]] = []
@@ -82,6 +81,7 @@ def _export(config: ExportConfig) -> Path:
     begin = time.monotonic()
     with ExitStack() as stack:
         stack.enter_context(claimed(target))
+        refuse_target(target, exist_ok=config.exist_ok, keep=_inputs(source, config))
         model = stack.enter_context(weights_of(source, config, target))
         if exporter is not None:
             refuse_not_finite(model)
@@ -91,6 +91,12 @@ def _export(config: ExportConfig) -> Path:
         finish(folder, source, report, done, config, name=target.name)
     console.say(summary(target, report))
     return target
+
+
+def _inputs(source: Source, config: ExportConfig) -> list[Path]:
+    """What must not be replaced."""
+    adapter = [source.adapter] if source.adapter else []
+    return [source.model.path, *adapter, *map(Path, filter(os.path.exists, config.dataset))]
 
 
 def _convert(exporter: Exporter, model: ModelFolder, config: ExportConfig, folder: Path, held_out: list[list[int]]) -> Done:

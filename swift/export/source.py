@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swift import hub
+from swift import console, hub
 from swift.config.commands import MergeConfig
 from swift.config.export import ExportConfig
 from swift.config.options import build
@@ -77,6 +77,7 @@ def weights_of(source: Source, config: ExportConfig, target: Path) -> Iterator[M
         config.derive("torch_dtype", str(checkpoint_dtype(source.model.path)).removeprefix("torch."), "that of the model")
     place = merged_folder(target)
     merged = merge(merge_config(config, output_dir=str(place / "model"), model=source.model.name, torch_dtype="float32"))
+    console.say(f"merged {source.adapter} in float32: largest difference of a log-probability {merged.difference:.2g}")
     gc.collect()  # the models that were compared
     yield ModelFolder(merged.path, source.adapter.name)
 

@@ -179,16 +179,6 @@ def test_python_has_names_that_its_packages_do_not_hide():
     assert callable(swift.quantize_model)
 
 
-def test_the_python_call_of_older_programs_is_read(monkeypatch, capsys):
-    seen = []
-    monkeypatch.setattr("swift.export.run.run_export", seen.append)
-    swift.export_awq_model(model_type="qwen", model_path="qwen/Qwen-7B", output_dir="./qwen-7b-awq", batch_size=4, seqlen=512)
-    config = seen[0]
-    assert (config.model, config.output_dir, config.quant_method, config.quant_bits) == ("qwen/Qwen-7B", "./qwen-7b-awq", "awq", 4)
-    assert (config.quant_batch_size, config.max_length) == (4, 512)
-    assert capsys.readouterr().err.count("note:") == 1
-
-
 def test_a_python_option_that_does_not_exist_is_an_error():
     with pytest.raises(ConfigError, match="unknown option --seqlenn"):
         swift.export_awq_model("m", seqlenn=4)

@@ -465,6 +465,42 @@ def test_the_chat_template_of_the_run_is_merged_with_it(run, tmp_path):
     assert AutoTokenizer.from_pretrained(folder).chat_template == template.read_text()
 
 
+def test_the_python_call_of_older_programs_runs(tiny_model, tmp_path, capsys):
+    from swift import export_awq_model
+
+    more = {"group_size": 32, "quant_n_samples": 4, "quant_eval_samples": 2}
+    folder = export_awq_model(model_type="qwen", model_path=tiny_model, output_dir=tmp_path / "a", batch_size=4, seqlen=128, **more)
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["bits"] == 4
+    options = json.loads((folder / "audit.jsonl").read_text())["options"]
+    assert (options["quant_batch_size"], options["max_length"], options["quant_method"]) == (4, 128, "awq")
+    assert capsys.readouterr().err.count("note:") == 1
+
+
+def test_an_interrupted_quantization_goes_on_to_the_same_bytes(tiny_model, tmp_path, monkeypatch):
+    from swift.api import quantize_model
+    from swift.quantize import run as quantizing
+
+    small = {"model": tiny_model, "quant_method": "gptq", "group_size": 32, "quant_n_samples": 4, "quant_eval_samples": 2, "max_length": 64}
+    whole = quantize_model(output_dir=tmp_path / "whole", **small)
+    original = quantizing.one_block
+
+    def interrupted(job, index, *rest):
+        if index == 1:
+            raise KeyboardInterrupt
+        return original(job, index, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(quantizing, "one_block", interrupted)
+        quantize_model(output_dir=tmp_path / "out", **small)
+    assert names(tmp_path) == [".out.partial", "whole"]
+    with pytest.raises(DataError):
+        quantize_model(output_dir=tmp_path / "out", **small, dataset="missing.jsonl")
+    assert names(tmp_path) == [".out.partial", "whole"]
+    folder = quantize_model(output_dir=tmp_path / "out", **small)
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert names(tmp_path) == ["out", "whole"]
+
+
 def test_scanning_reads_large_tensors_by_parts(tmp_path, monkeypatch):
     from swift.model import finite
     from swift.model.artifact import ModelFolder

@@ -26,7 +26,7 @@ DTYPES = {
 }  # fmt: skip
 
 
-def config_for(path: Path, quantization: dict[str, Any]) -> Any:
+def config_for(path: Path, quantization: dict[str, Any], *, rounds_inputs: bool) -> Any:
     """The model's config with ``quantization`` handed to the reader here. ModelError if that cannot read it."""
     name = format_of(quantization) or "unknown"
     if name not in FORMATS:
@@ -36,15 +36,16 @@ def config_for(path: Path, quantization: dict[str, Any]) -> Any:
     except ModelError as problem:
         raise ModelError(f"{path}: {problem.message}", hint=problem.hint) from None
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    config.quantization_config = {"quant_method": METHOD, "original": quantization}
+    config.quantization_config = {"quant_method": METHOD, "original": quantization, "rounds_inputs": rounds_inputs}
     return config
 
 
 @register_quantization_config(METHOD)
 class _Config(QuantizationConfigMixin):
-    def __init__(self, original: dict[str, Any], quant_method: str = METHOD) -> None:
+    def __init__(self, original: dict[str, Any], rounds_inputs: bool, quant_method: str = METHOD) -> None:
         self.quant_method: Any = quant_method
         self.original = original
+        self.rounds_inputs = rounds_inputs
 
 
 class _Held(nn.Module):
@@ -122,7 +123,8 @@ class _Reader(HfQuantizer):
         assert not isinstance(weight, BnbWeight)
         if tuple(weight.codes.shape) != held.shape:
             raise ModelError(f"{name}: the file has {tuple(weight.codes.shape)} weights, the model {held.shape}")
-        return QuantizedLinear(weight, held.bias, self.dtype, self.settings.activations)
+        activations = self.settings.activations if self.quantization_config.rounds_inputs else None
+        return QuantizedLinear(weight, held.bias, self.dtype, activations)
 
 
 def _layers(files: list[str], markers: tuple[str, ...]) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:

@@ -10,15 +10,15 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
     32 values of 3 bits fill 3 words, so that two of them lie across a border. ``n * bits`` is a multiple of 32.
     """
-    octets: Tensor
+    count = 8 // bits if 8 % bits == 0 else 8  # values that fill whole bytes
+    parts = values.unflatten(-1, (-1, count))
     if 8 % bits == 0:
-        parts = values.unflatten(-1, (-1, 8 // bits))
-        octets = parts[..., 0].clone()
-        for place in range(1, 8 // bits):
+        octets: Tensor = parts[..., 0].clone()
+        for place in range(1, count):
             octets |= parts[..., place] << (bits * place)
     else:
-        single = (values.unsqueeze(-1) >> _range(bits, values)) & 1
-        octets = (single.flatten(-2).unflatten(-1, (-1, 8)) << _range(8, values)).sum(-1, dtype=torch.uint8)
+        wide = sum(parts[..., place].long() << (bits * place) for place in range(count))
+        octets = torch.stack([(wide >> (8 * place)) & 255 for place in range(bits)], dim=-1).to(torch.uint8).flatten(-2)
     return octets.contiguous().view(torch.int32)
 
 
@@ -27,11 +27,12 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     octets = words.contiguous().view(torch.uint8)
     if bits == 8:
         return octets
+    mask = 2**bits - 1
     if 8 % bits == 0:
-        values: Tensor = (octets.unsqueeze(-1) >> (_range(8 // bits, octets) * bits)) & (2**bits - 1)
-        return values.flatten(-2)
-    single: Tensor = ((octets.unsqueeze(-1) >> _range(8, octets)) & 1).flatten(-2).unflatten(-1, (-1, bits))
-    return (single << _range(bits, octets)).sum(-1, dtype=torch.uint8)
+        return torch.stack([(octets >> shift) & mask for shift in range(0, 8, bits)], dim=-1).flatten(-2)
+    parts = octets.unflatten(-1, (-1, bits))
+    wide = sum(parts[..., place].long() << (8 * place) for place in range(bits))
+    return torch.stack([(wide >> (bits * place)) & mask for place in range(8)], dim=-1).to(torch.uint8).flatten(-2)
 
 
 def pack_padded(values: Tensor, bits: int) -> Tensor:
@@ -50,7 +51,3 @@ def unpack_apart(words: Tensor, bits: int, count: int) -> Tensor:
     shifts = torch.arange(32 // bits, device=words.device, dtype=torch.int32) * bits
     values: Tensor = ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8)
     return values.flatten(-2)[..., :count].contiguous()
-
-
-def _range(count: int, like: Tensor) -> Tensor:
-    return torch.arange(count, device=like.device, dtype=torch.uint8)
