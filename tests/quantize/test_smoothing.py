@@ -1,4 +1,4 @@
-"""Every quantizer through the whole engine: a written checkpoint that is loaded predicts what the model does."""
+"""int8 through the whole engine: range moves into what produces inputs, and the checkpoint predicts what the model does."""
 
 import json
 
@@ -9,6 +9,7 @@ from swift.config.commands import QuantizeConfig
 from swift.config.options import build as build_config
 from swift.export.run import run_export
 from swift.model.load import load_model
+from swift.model.tokenizer import load_tokenizer
 from swift.quantize.tensors import Checkpoint
 from tests.families import build
 from tests.quantize.test_folds import GEMMA, LLAMA
@@ -31,13 +32,14 @@ def quantized(family, rows, tmp_path, **options):
     build(family, **SIZE, bos_token_id=None, eos_token_id=2, pad_token_id=3).save_pretrained(folder)
     make_tokenizer(folder)
     given = {"model": str(folder), "dataset": [str(rows)], "output_dir": str(out), "device": "cpu", "max_length": 64}
-    given |= {"quant_n_samples": 12, "quant_eval_samples": 4, **options}
+    given |= {"quant_eval_samples": 4, **options}
     run_export(build_config(QuantizeConfig, ("argument", given)))
     return folder, out
 
 
 def divergence(folder, out):
-    ids = torch.arange(16, 80)[None]
+    """Of the checkpoint from the model on a text of the kind that calibrated, in nats a token."""
+    ids = load_tokenizer(folder)(TEXTS[3]["text"] + "The roads are free again.", return_tensors="pt").input_ids
     with torch.inference_mode():
         before, after = (
             load_model(place, torch_dtype="float32", device="cpu").model(input_ids=ids).logits.log_softmax(-1) for place in (folder, out)
@@ -45,31 +47,9 @@ def divergence(folder, out):
     return float((before.exp() * (before - after)).sum(-1).mean())
 
 
-CASES = {
-    "fp8": {"quant_method": "fp8"},
-    "fp8-static": {"quant_method": "fp8", "quant_activations": "static", "quant_strategy": "tensor"},
-    "fp8-block": {"quant_method": "fp8", "quant_strategy": "block"},
-    "int8": {"quant_method": "int8"},
-    "int8-static": {"quant_method": "int8", "quant_activations": "static"},
-    "int8-tensor": {"quant_method": "int8", "quant_strategy": "tensor"},
-    "nf4": {"quant_method": "bnb", "quant_bits": 4},
-    "bnb-int8": {"quant_method": "bnb", "quant_bits": 8},
-    "awq": {"quant_method": "awq", "group_size": 32},
-}
-LARGEST = {"nf4": 0.1, "awq": 0.1}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_checkpoint_of_every_method_is_loaded_and_predicts_what_the_model_does(case, rows, tmp_path):
-    if CASES[case]["quant_method"] == "bnb":
-        pytest.importorskip("bitsandbytes")
-    folder, out = quantized("llama", rows, tmp_path, **CASES[case])
-    assert divergence(folder, out) < LARGEST.get(case, 0.01)
-
-
 @pytest.mark.parametrize(("family", "producers"), [("llama", LLAMA), ("gemma3_text", GEMMA)])
 def test_int8_moves_range_into_what_produces_inputs(family, producers, rows, tmp_path):
-    """Norms are stored divided; a layer that produces inputs has scales that are: its codes over the full range, in every row."""
+    """Norms are stored divided. Of a layer that produces inputs the scales are: its codes fill their range in every row."""
     folder, out = quantized(family, rows, tmp_path, quant_method="int8")
     before, after = (Checkpoint(sorted(place.glob("*.safetensors"))) for place in (folder, out))
     for producer in producers[::2]:
