@@ -110,8 +110,9 @@ def _assemble(job: Job, progress: Progress, config: ExportConfig, folder: Path) 
 
 def _others(job: Job) -> list[str]:
     """Linear layers outside of the blocks, as they are called in the files: the head and whatever else there is."""
-    inside = f"{job.skeleton.place}."
-    names = [name for name, module in job.skeleton.model.named_modules() if type(module) is nn.Linear and not name.startswith(inside)]
-    return [
-        job.skeleton.keys[f"{name}.weight"].removesuffix(".weight") if f"{name}.weight" in job.skeleton.keys else name for name in names
+    skeleton = job.skeleton
+    tied = dict(getattr(skeleton.model, "all_tied_weights_keys", None) or {})  # the file has no weights of that name
+    names = [
+        name for name, module in skeleton.model.named_modules() if type(module) is nn.Linear and not name.startswith(f"{skeleton.place}.")
     ]
+    return [name if f"{name}.weight" in tied else skeleton.keys[f"{name}.weight"].removesuffix(".weight") for name in names]
