@@ -116,7 +116,6 @@ def relative_error(weight: Tensor, dense: Tensor, inputs: Inputs) -> float:
 def _tensors(job: Job, index: int, block: nn.Module, made: dict[str, Weight]) -> dict[str, Tensor]:
     """The block's tensors that differ from those in the files, by their names there; ModelError if they are not read back equal."""
     tensors: dict[str, Tensor] = {}
-    as_read = job.format.settings(job.format.config(job.plan.settings))
     for name, weight in made.items():
         key = job.skeleton.key_of(index, name)
         written = job.format.write(key, weight, job.plan.settings)

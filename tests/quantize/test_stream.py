@@ -408,8 +408,31 @@ def test_the_report_is_what_a_reader_of_the_file_finds(options, tmp_path, rows):
     with torch.inference_mode():
         before, after = ([found(input_ids=torch.tensor([piece])).logits[0].float().log_softmax(-1) for piece in pieces] for found in models)
     kl = sum(float((a.exp() * (a - b)).sum()) for a, b in zip(before, after, strict=True)) / sum(map(len, pieces))
-    assert report["kl"] == pytest.approx(kl, rel=2e-2, abs=2e-7)
+    rounds_more = options["quant_method"] == "bnb" and options["quant_bits"] == 8  # bitsandbytes rounds inputs as it sees fit
+    assert report["kl"] == pytest.approx(kl, rel=2e-2, abs=1e-6 if rounds_more else 2e-7)
     assert report["kl"] < 0.1
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_quantized_one_by_one_and_read_back(family, method, tmp_path, rows):
+    folder = tmp_path / "m"
+    size = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "vocab_size": 320, "head_dim": 16}
+    build(family, **size, bos_token_id=None, eos_token_id=2, pad_token_id=3, max_position_embeddings=512).save_pretrained(folder)
+    make_tokenizer(folder)
+    own = {"quant_method": method} | ({} if method == "fp8" else {"group_size": 32})
+    out = quantize(folder, rows, tmp_path / "q", bare=True, **own)
+    report = json.loads((out / REPORT_FILE).read_text())
+    kept = Checkpoint(sorted(out.glob("*.safetensors")))
+    expert = "block_sparse_moe.experts.3.w2" if family == "mixtral" else "mlp.experts.3.down_proj"
+    part = "weight_scale" if method == "fp8" else "qweight"
+    assert f"model.layers.1.{expert}.{part}" in kept
+    models = [load_model(place, torch_dtype="float32", device="cpu", rounds_inputs=True).model for place in (folder, out)]
+    pieces = held_out(folder, rows)
+    with torch.inference_mode():
+        before, after = ([found(input_ids=torch.tensor([piece])).logits[0].log_softmax(-1) for piece in pieces] for found in models)
+    kl = sum(float((a.exp() * (a - b)).sum()) for a, b in zip(before, after, strict=True)) / sum(map(len, pieces))
+    assert report["kl"] == pytest.approx(kl, rel=2e-2, abs=2e-7)
 
 
 def test_without_text_at_all_what_needs_none_is_quantized(tmp_path, rows):
