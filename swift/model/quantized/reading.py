@@ -86,6 +86,15 @@ class _Reader(HfQuantizer):
         self.dtype = dtype
         return dtype
 
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        """Those of ``model`` whose joined weights are there: experts that were separated are read one by one."""
+        names = "\n".join(name for name, _ in model.named_parameters())
+        return [
+            rule
+            for rule in weight_conversions
+            if isinstance(rule, WeightRenaming) or any(target in names for target in rule.target_patterns)
+        ]
+
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         known = model.state_dict()
         renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
