@@ -44,7 +44,7 @@ def model_facts(snapshot: Snapshot) -> ModelFacts:
         dtypes=dict(dtypes.most_common()),
         context_length=inner.get("max_position_embeddings"),
         vocabulary=inner.get("vocab_size"),
-        licence=about.get("licence") or _card_licence(snapshot.path / "README.md"),
+        licence=about.get("licence") or card_licence(snapshot.path / "README.md"),
         has_chat_template=bool(tokenizer.get("chat_template")) or "chat_template.jinja" in snapshot.files,
         quantized=list(about.get("quantized") or []),
     )
@@ -67,7 +67,7 @@ def count_text(count: int) -> str:
     return str(count)
 
 
-def _card_licence(card: Path) -> str | None:
+def card_licence(card: Path) -> str | None:
     """The ``license:`` line in the front matter of a model card."""
     try:
         text = card.read_text(encoding="utf-8", errors="replace")
