@@ -93,6 +93,16 @@ def _verify_by_llama_cpp(file: Path, reference: Reference) -> Measured:
     return replace(measured, notes=(*measured.notes, note))
 
 
+def context_length(model: ModelFolder) -> int:
+    """Tokens of a text at most, as the file says."""
+    return int(_prepare(model.path)[0].keys["context_length"])
+
+
+def end_tokens(model: ModelFolder) -> list[int]:
+    """Tokens at which answers end."""
+    return _ends(model.path, load_tokenizer(model.path))
+
+
 @lru_cache(maxsize=1)
 def _proof(path: Path) -> Proof:
     return prove(_config(path))
@@ -103,8 +113,9 @@ def _prepare(path: Path) -> tuple[Plan, Vocabulary]:
     config = own_fields(_config(path))
     proof = _proof(path)
     planned = plan(config, proof.layout, Checkpoint.open(sorted(path.glob("*.safetensors"))), window=proof.window)
+    tokenizer = load_tokenizer(path)
     rows = next(target.shape[0] for target in planned.targets if target.name == "token_embd.weight")
-    return planned, vocabulary(load_tokenizer(path), rows, _ends(path, config))
+    return planned, vocabulary(tokenizer, rows, _ends(path, tokenizer))
 
 
 def _config(path: Path) -> Any:
@@ -116,10 +127,11 @@ def _config(path: Path) -> Any:
         raise ModelError(f"{path}: config.json cannot be read: {first_line(problem)}") from problem
 
 
-def _ends(path: Path, config: Any) -> list[int]:
-    """Tokens at which answers end."""
-    said = generation(path).get("eos_token_id", getattr(config, "eos_token_id", None))
-    return [] if said is None else [said] if isinstance(said, int) else list(said)
+def _ends(path: Path, tokenizer: Any) -> list[int]:
+    """The tokenizer's end, and what generation_config.json adds."""
+    said = generation(path).get("eos_token_id")
+    listed = [] if said is None else [said] if isinstance(said, int) else list(said)
+    return list(dict.fromkeys([tokenizer.eos_token_id, *listed]))
 
 
 def _exact_type(model: ModelFolder) -> str:
