@@ -124,7 +124,7 @@ def _around(text: str, messages: list[Message]) -> list[str] | None:
 
 def _further(pieces: Pieces) -> list[list[Message]]:
     """Conversations that must come out alike."""
-    contents = ["Is it \"cold\"?\nYes: -3 \u00b0C.", "\u5357\u4eac\u4e0b\u96ea\u4e86\u5417\uff1f", "a {b} c", "ok", "1 + 1 = 2"]
+    contents = ['Is it "cold"?\nYes: -3 \u00b0C.', "\u5357\u4eac\u4e0b\u96ea\u4e86\u5417\uff1f", "a {b} c", "ok", "1 + 1 = 2"]
     roles = ("user", "assistant")
     plain = [[{"role": roles[n % 2], "content": contents[n]} for n in range(length)] for length in (1, 3, 5)]
     if pieces.system is None:

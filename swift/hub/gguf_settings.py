@@ -28,6 +28,10 @@ def complete(config: Any, arch: str, reader: Any) -> None:
         for name in names:
             if key in said and hasattr(config, name):
                 setattr(config, name, said[key].contents())
+    names = {tensor.name for tensor in reader.tensors}
+    for name, tensor in (("attention_bias", "blk.0.attn_output.bias"), ("mlp_bias", "blk.0.ffn_down.bias")):
+        if hasattr(config, name):
+            setattr(config, name, tensor in names)
     if hasattr(config, "query_pre_attn_scalar"):
         config.query_pre_attn_scalar = _gemma_scale(config)
     _complete_rope(config, {key: field.contents() for key, field in said.items() if key.startswith("rope.")}, reader)
@@ -57,7 +61,12 @@ def _complete_rope(config: Any, said: dict[str, Any], reader: Any) -> None:
     if ROPE_FACTORS in tensors:
         factors = tensors[ROPE_FACTORS].tolist()
         rope.update(
-            rope_type="longrope", short_factor=factors, long_factor=factors, attention_factor=1.0, factor=1.0, original_max_position_embeddings=length
+            rope_type="longrope",
+            short_factor=factors,
+            long_factor=factors,
+            attention_factor=1.0,
+            factor=1.0,
+            original_max_position_embeddings=length,
         )
     elif LONG_FACTORS in tensors:
         rope.update(

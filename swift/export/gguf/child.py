@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -155,8 +156,7 @@ def _answer(message: dict[str, Any]) -> None:
 
 
 def _main(arguments: list[str]) -> None:
-    import llama_cpp as llama
-
+    llama: Any = import_module("llama_cpp")
     llama.llama_backend_init()
     if len(arguments) == 2:
         _serve(llama, arguments[0], int(arguments[1]))

@@ -135,7 +135,9 @@ class Layout:
 
         def process(values: Any) -> Any:
             try:
-                return straighten(self.processor.process(weights=values, name=name, tensor_key_mapping={}, parsed_parameters={"tensors": {}}).weights)
+                return straighten(
+                    self.processor.process(weights=values, name=name, tensor_key_mapping={}, parsed_parameters={"tensors": {}}).weights
+                )
             except (ValueError, TypeError, IndexError, AttributeError):
                 return None
 

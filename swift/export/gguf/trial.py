@@ -19,6 +19,7 @@ from swift.export.gguf import child
 from swift.export.gguf.layout import Layout, candidates, own_fields
 from swift.export.gguf.settings import window_of
 from swift.export.gguf.write import Checkpoint, plan, write_gguf
+from swift.files import explain_os_errors
 from swift.hub.gguf import quiet, read_model
 
 HEAD_DIM = 32  # of the small model: rotary dimensions of a part of it are still whole numbers
@@ -45,7 +46,7 @@ def prove(config: Any) -> Proof:
     small = shrink(own_fields(config))
     model = _random_model(small)
     reasons = []
-    with tempfile.TemporaryDirectory(prefix="swift-gguf-") as folder:
+    with tempfile.TemporaryDirectory(prefix="swift-gguf-") as folder, explain_os_errors(Path(folder)):
         with quiet():
             model.save_pretrained(folder)
         for layout in candidates(small):
@@ -128,7 +129,11 @@ def _difference(config: Any, model: Any, layout: Layout, window: bool, folder: P
     """Largest difference of a log-probability between ``model`` and what ``reader`` makes of its file."""
     file = folder / FILE
     checkpoint = Checkpoint.open(sorted(folder.glob("*.safetensors")))
-    facts = {"general.name": "trial", "tokenizer.ggml.model": "no_vocab", "tokenizer.ggml.tokens": [f"t{n}" for n in range(config.vocab_size)]}
+    facts = {
+        "general.name": "trial",
+        "tokenizer.ggml.model": "no_vocab",
+        "tokenizer.ggml.tokens": [f"t{n}" for n in range(config.vocab_size)],
+    }
     planned = plan(config, layout, checkpoint, window=window)
     write_gguf(file, planned, checkpoint, "f32", facts)
     length = min(LENGTH, planned.keys["context_length"])

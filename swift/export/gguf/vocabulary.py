@@ -19,13 +19,13 @@ SPACE = "\u2581"  # how SentencePiece writes a space
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # Contractions, numbers, blanks, line ends, letters with and without case, marks, signs and code: where ways to split differ.
 TEXT = (
-    "Hello world! I'm sure they'RE here, we'Ve seen 'IT'LL' and don't ask.  Two  blanks,   three\tand a tab\t\tor two.\n\n\n"
-    "1 22 333 4444 55555 1234567 3.14 1,000,000 x2y3 2nd v1.0.2 \u0663\u0664 \u00bd\n \n  \n\r\n\ttail \r\n"
-    "for (int i=0; i<10; ++i) { a[i] += b->c[i]; } // ok?!... ===>>> <<>> $%^&* #tag @you _x__y `q` \"z\" c:\\dir /usr/bin\n"
-    "\u4eca\u5929\u5929\u6c14\u5f88\u597d\uff0c\u6211\u60f3\u53bb\u516c\u56ed\u3002\u4ef7\u683c100\u5143\uff01 \u3053\u3093\u306b\u3061\u306f\u30ab\u30bf\u30ab\u30ca \ud55c\uad6d\uc5b4 "
-    "\u041f\u0440\u0438\u0432\u0435\u0442, \u041c\u0438\u0440! \u0395\u03bb\u03bb\u03ac\u03b4\u03b1 \u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u05e2\u05d1\u05e8\u05d9\u05ea \u0939\u093f\u0928\u094d\u0926\u0940 \u0e44\u0e17\u0e22 "
-    "na\u00efve CaF\u00c9 \u0130stanbul \u00dcBER stra\u00dfe \u01c5 \U0001f642\U0001f680 \U0001f469\u200d\U0001f4bb \u2026 \u2014 \u201cquote\u201d \u00a0nbsp e\u0300x camelCaseWORD HTMLParser"
-)  # fmt: skip
+    "Hello world! I'm sure they'RE here, we'Ve seen 'IT'LL' and don't ask.  Two  blanks,   three\t"
+    "and a tab\t\tor two.\n\n\n1 22 333 4444 55555 1234567 3.14 1,000,000 x2y3 2nd v1.0.2 ٣٤ ½\n \n  \n\r\n\t"
+    "tail \r\nfor (int i=0; i<10; ++i) { a[i] += b->c[i]; } // ok?!... ===>>> <<>> $%^&* #tag @you "
+    '_x__y `q` "z" c:\\dir /usr/bin\n今天天气很好，我想去公园。价格100元！ こんにちはカタカナ 한국어 Привет, Мир! Ελλάδα العربية '
+    "עברית हिन\u094dदी ไทย naïve CaFÉ İstanbul ÜBER straße ǅ 🙂🚀 👩\u200d💻 … — “quote” \u00a0nbsp e\u0300x camelCaseWORD "
+    "HTMLParser"
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ def vocabulary(tokenizer: Any, size: int, ends: list[int]) -> Vocabulary:
     is_byte_level = kind == "BPE" and '"ByteLevel"' in json.dumps(core.get("pre_tokenizer"))
     if kind != "BPE" or not (is_byte_level or core["model"].get("byte_fallback")):
         what = "BPE without bytes for what it does not know" if kind == "BPE" else str(kind)
-        raise ModelError(f"a tokenizer of this kind ({what}) has no form in GGUF files", hint="byte-level BPE and SentencePiece BPE have one")
+        raise ModelError(
+            f"a tokenizer of this kind ({what}) has no form in GGUF files", hint="byte-level BPE and SentencePiece BPE have one"
+        )
     tokens, types = _tokens(core, size, respells=not is_byte_level)
     keys: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     keys |= _ends(tokenizer, ends)
