@@ -28,10 +28,10 @@ def complete(config: Any, arch: str, reader: Any) -> None:
         for name in names:
             if key in said and hasattr(config, name):
                 setattr(config, name, said[key].contents())
-    names = {tensor.name for tensor in reader.tensors}
+    present = {tensor.name for tensor in reader.tensors}
     for name, tensor in (("attention_bias", "blk.0.attn_output.bias"), ("mlp_bias", "blk.0.ffn_down.bias")):
         if hasattr(config, name):
-            setattr(config, name, tensor in names)
+            setattr(config, name, tensor in present)
     if hasattr(config, "query_pre_attn_scalar"):
         config.query_pre_attn_scalar = _gemma_scale(config)
     _complete_rope(config, {key: field.contents() for key, field in said.items() if key.startswith("rope.")}, reader)

@@ -296,7 +296,7 @@ def test_a_full_disk_is_told_and_nothing_stays(tmp_path: Path):
     model, target = make_model(tmp_path / "model", intermediate_size=4096), tmp_path / "out"
     command = ["export", "--model", str(model), "--to", "gguf", "--quant_eval_samples", "0", "--output_dir", str(target)]
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
-    assert done.returncode == 1 and "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "File too large" in done.stderr and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -89,9 +89,9 @@ def write_gguf(path: Path, plan: Plan, checkpoint: Checkpoint, number_type: str,
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for target in plan.targets:
-            writer.write_tensor_data(_encode(target, checkpoint, kinds[target.name]))
+            _append(writer, _encode(target, checkpoint, kinds[target.name]))
         for values in plan.extra.values():
-            writer.write_tensor_data(values)
+            _append(writer, values)
         writer.flush()
 
 
@@ -105,6 +105,14 @@ def _writer(path: Path, arch: str) -> Iterator[Any]:
     finally:
         for file in writer.fout or []:
             file.close()
+
+
+def _append(writer: Any, values: Any) -> None:
+    """The next tensor's bytes, padded. (gguf's own way goes through numpy's tofile, whose error hides a full disk.)"""
+    (file,) = writer.fout
+    writer.write_padding(file, file.tell())
+    file.write(memoryview(values).cast("B"))
+    writer.write_padding(file, values.nbytes)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
