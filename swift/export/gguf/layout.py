@@ -81,12 +81,11 @@ class Layout:
         expert = None
         if found := EXPERT.fullmatch(stem):
             stem, expert = f"{found[1]}.{found[3]}", int(found[2])
-        base = stem.partition(".")[2]
-        place = self._table.get_name(stem) or self._table.get_name(base) or self._table.get_name(f"model.{stem}")
-        if place is None and stem.endswith("experts.gate_up_proj"):
-            place = self._table.get_name(stem.replace("gate_up_proj", "gate_proj"))
-            assert place is not None
-            return Place(f"{place}.{suffix}", half=0)
+        if stem.endswith("experts.gate_up_proj"):
+            gate = self._table.get_name(stem.replace("gate_up_proj", "gate_proj"))
+            if gate is not None:
+                return Place(f"{gate}.{suffix}", half=0)
+        place = self._table.get_name(stem) or self._table.get_name(stem.partition(".")[2]) or self._table.get_name(f"model.{stem}")
         if place is None:
             raise ModelError(f"the tensor {name} has no name in GGUF files of architecture {self.arch!r}")
         return Place(place + dot + suffix, expert)
