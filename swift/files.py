@@ -21,7 +21,7 @@ def new_file(path: Path) -> Iterator[Path]:
     try:
         with explain_os_errors(path):
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -38,9 +38,9 @@ def new_folder(path: Path) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    _sync(file)
+                    sync(file)
             os.replace(temporary, path)
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -73,6 +73,16 @@ def machine_error(problem: OSError, path: Path) -> MachineError:
         errno.EROFS: "choose a place where you may write",
     }
     return MachineError(f"{path}: {problem.strerror or problem}", hint=hints.get(problem.errno or 0))
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Take ``size`` bytes of the disk for an open file, where the system can: a full disk is found before anything is computed."""
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as problem:
+            if problem.errno == errno.ENOSPC:
+                raise
 
 
 def visible_files(folder: Path) -> list[Path]:
@@ -111,7 +121,44 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def replace_folder(new: Path, target: Path) -> None:
+    """Put the folder ``new`` in the place of ``target``, which may be absent. A kill at any moment leaves one of both whole.
+
+    Between two renames the old one has a hidden name, from which ``give_back`` returns it.
+    """
+    aside = _aside(target)
+    _remove(aside)
+    if target.exists() or target.is_symlink():
+        os.rename(target, aside)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        give_back(target)
+        raise
+    sync(target.parent)
+    _remove(aside)
+
+
+def give_back(target: Path) -> None:
+    """After a replacement that was killed half way: the old folder in its place again."""
+    aside = _aside(target)
+    if (aside.exists() or aside.is_symlink()) and not (target.exists() or target.is_symlink()):
+        os.rename(aside, target)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -154,7 +154,7 @@ class DataInspectConfig(TemplateConfig, DataConfig, ModelConfig):
 class RunsConfig(Config):
     """Runs."""
 
-    run: str | None = opt(None, "a run directory, or for list a folder of them", positional=True)
+    run: str | None = opt(None, "a run directory, or for list a folder of them; audit reads the folder of an export too", positional=True)
 
 
 COMMAND_CONFIGS: tuple[type[Config], ...] = (

@@ -192,6 +192,12 @@ def refusals() -> dict[str, Refusal]:
     }
 
 
+def elsewhere(name: str) -> str | None:
+    """The command line that does what an option asks for which a command does not have, or None."""
+    hint: str | None = _refused_file()["elsewhere"].get(name)
+    return hint
+
+
 def refused_command(name: str) -> str | None:
     """Why a command of ms-swift is not available, or None; stands after "swift NAME is not available: "."""
     reason: str | None = _refused_file()["commands"].get(name.replace("_", "-"))

@@ -1,5 +1,6 @@
 """What a model is exported to, and how its weights are quantized on the way."""
 
+import re
 from dataclasses import dataclass
 
 from swift.config.model import ModelConfig
@@ -33,6 +34,7 @@ FORMATS = {
     "int8": ("compressed-tensors",),
     "bnb": ("bnb",),
 }
+BNB_OPTIONS = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
 
 @dataclass(kw_only=True)
@@ -59,6 +61,9 @@ class QuantizeOptions(Config):
         "gptq or awq (few bits, calibrated), fp8 or int8 (8 bits for weights and activations), bnb (bitsandbytes); "
         "gptq_v2 is gptq in the format of that name",
         choices=(*METHODS, "gptq_v2"),
+        refused=dict.fromkeys(
+            ("hqq", "eetq", "quanto"), "it quantizes while loading, and few engines read what it saves; bnb is of its kind"
+        ),
     )
     quant_bits: int | None = opt(None, "bits a weight; by default 4, and 8 with fp8 and int8", minimum=2, maximum=8)
     quant_format: str | None = opt(
@@ -81,6 +86,9 @@ class QuantizeOptions(Config):
         "dynamic", "scales of activations with fp8 and int8: found for each token while running, or static, from the calibration",
         choices=("dynamic", "static"),
     )  # fmt: skip
+    bnb_4bit_compute_dtype: str | None = opt(
+        None, "precision that readers of 4-bit weights compute in; by default that of the model", choices=("float32", "bfloat16", "float16")
+    )
     bnb_4bit_quant_type: str = opt("nf4", "4-bit number format of bitsandbytes", choices=("nf4", "fp4"))
     bnb_4bit_use_double_quant: bool = opt(True, "quantize the scales of bitsandbytes too: 0.4 bit a weight less")
     quant_skip: list[str] = opt([], "modules that stay as they are: regular expressions searched for in their names; the head always does")
@@ -91,7 +99,7 @@ class QuantizeOptions(Config):
 class ExportFormatConfig(Config):
     """Format."""
 
-    to: str | None = opt(None, "what is written: gguf, ollama, onnx, openvino, tensorrt, tensorrt_llm", choices=TARGETS)
+    to: str | None = opt(None, f"what is written: {', '.join(TARGETS)}, or what a plug-in brings")
     to_ollama: bool = opt(False, "the same as --to ollama")
     gguf_type: str = opt("f16", "number format of a GGUF file; names with k need the extra llamacpp", choices=GGUF_TYPES)
     onnx_layout: str = opt(
@@ -108,8 +116,8 @@ class PushConfig(Config):
     """Upload."""
 
     push_to_hub: bool = opt(False, "upload what was written, with a model card that carries the report")
-    hub_model_id: str | None = opt(None, "ORG/NAME to upload to")
-    hub_private_repo: bool | None = opt(None, "make a private repository")
+    hub_model_id: str | None = opt(None, "ORG/NAME to upload to, on the hub that --use_hf says; hf::ORG/NAME or ms::ORG/NAME")
+    hub_private_repo: bool = opt(False, "make a private repository, if it does not exist")
     commit_message: str = opt("update files", "message of the upload")
 
 
@@ -118,39 +126,89 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
     """Quantize a model, or write it in another format; an adapter is merged into the weights first."""
 
     output_dir: str | None = opt(None, "where it goes; by default beside the model, with the format in its name")
-    exist_ok: bool = opt(False, "replace an output_dir that exists")
-    merge_lora: bool | None = opt(None, "merge the adapter of --adapters; that happens by itself")
+    exist_ok: bool = opt(False, "replace an output_dir that exists, once the new one is whole")
+    merge_lora: bool | None = opt(
+        None, "merge the adapter of --adapters; that happens by itself, but for --push_to_hub alone, which uploads an adapter as it is"
+    )
     max_difference: float = opt(1e-3, "largest difference of a log-probability between adapter and merged model", minimum=0)
     max_shard_size: str = opt("5GB", "largest file of weights")
     safe_serialization: bool = opt(True, "write safetensors; false is refused")
     load_args: bool = opt(True, "take model and rendering options from the run that --adapters names")
+    load_data_args: bool = opt(False, "calibrate with the training data of that run")
+
+    @classmethod
+    def takes_of_checkpoint(cls, name: str) -> bool:
+        """How a run quantized the frozen weights while it trained is no wish for its export."""
+        return super().takes_of_checkpoint(name) and name not in QuantizeOptions.__dataclass_fields__
+
+    @property
+    def merges_only(self) -> bool:
+        """Whether the merged model is all that is written."""
+        return self.to is None and self.quant_method is None and bool(self.adapters) and not self.uploads_only
+
+    @property
+    def uploads_only(self) -> bool:
+        """Whether nothing is written: a model or an adapter is uploaded as it is."""
+        return self.to is None and self.quant_method is None and self.push_to_hub and not (self.adapters and self.merge_lora)
 
     def check(self) -> None:
         super().check()
-        if not self.safe_serialization:
-            raise ConfigError("--safe_serialization false is not available: only safetensors are written", hint="remove it")
-        if self.merge_lora is False:
-            raise ConfigError("--merge_lora false is not available: what is exported has the adapter in its weights", hint="remove it")
         if self.to_ollama:
             if self.to not in (None, "ollama"):
                 raise ConfigError(f"--to {self.to} and --to_ollama true ask for two things", hint="remove one of them")
             self.derive("to", "ollama", "--to_ollama is given")
-        if self.model is None and not self.adapters:
-            raise ConfigError("no model is given", hint="say --model PATH, or --adapters RUN")
         if self.to is not None and self.quant_method is not None:
             raise ConfigError(
                 f"--to {self.to} and --quant_method {self.quant_method} ask for two things",
                 hint="a format has its own numbers: --gguf_type, --onnx_precision, --openvino_weight_format",
             )
-        if self.to is None and self.quant_method is None and not self.adapters:
-            raise ConfigError("nothing is asked for", hint="say --quant_method gptq, --to gguf, or --adapters RUN to merge an adapter")
+        if self.quant_method is None and self.given("quant_bits"):
+            raise ConfigError(f"--quant_bits {self.quant_bits} needs --quant_method", hint="say --quant_method gptq, awq, fp8, int8 or bnb")
+        self._check_source()
         self.refuse_without_effect(("attn_impl",), "when exporting")
-        if self.push_to_hub and not self.hub_model_id:
-            raise ConfigError("--push_to_hub true needs --hub_model_id", hint="say --hub_model_id ORG/NAME")
-        if not self.push_to_hub:
-            self.refuse_without_effect(("hub_model_id", "hub_private_repo", "commit_message"), "without --push_to_hub true")
+        self.refuse_without_effect(("seed",), "when exporting: --data_seed chooses the documents")
+        self._check_upload()
         self._check_format()
         self._check_quantization()
+        self._check_calibration()
+
+    def _check_source(self) -> None:
+        if not self.safe_serialization:
+            raise ConfigError("--safe_serialization false is not available: only safetensors are written", hint="remove it")
+        if self.model is None and not self.adapters:
+            raise ConfigError("no model is given", hint="say --model PATH, or --adapters RUN")
+        if len(self.adapters) > 1:
+            raise ConfigError(f"--adapters takes one adapter, not {len(self.adapters)}", hint="merge one first, and give its model")
+        if self.merge_lora is False and self.adapters and not self.uploads_only:
+            raise ConfigError("--merge_lora false is not available: what is exported has the adapter in its weights", hint="remove it")
+        if self.to is None and self.quant_method is None and not self.adapters and not self.push_to_hub:
+            if self.merge_lora:
+                raise ConfigError("--merge_lora true needs an adapter", hint="say --adapters RUN")
+            raise ConfigError("nothing is asked for", hint="say --quant_method gptq, --to gguf, or --adapters RUN to merge an adapter")
+        if not self.adapters:
+            if self.merge_lora:
+                self.refuse_without_effect(("merge_lora",), "without --adapters")
+            self.refuse_without_effect(("max_difference", "chat_template"), "without --adapters")
+        if not _is_size(self.max_shard_size):
+            raise ConfigError(f"--max_shard_size takes a size such as 5GB, not {self.max_shard_size!r}")
+        if self.to is not None:
+            self.refuse_without_effect(("max_shard_size",), f"with --to {self.to}")
+        if self.to in TARGETS and self.to != "tensorrt_llm":
+            self.refuse_without_effect(("torch_dtype",), f"with --to {self.to}")
+
+    def _check_upload(self) -> None:
+        if not self.push_to_hub:
+            self.refuse_without_effect(("hub_model_id", "hub_private_repo", "commit_message"), "without --push_to_hub true")
+            return
+        if not self.hub_model_id:
+            raise ConfigError("--push_to_hub true needs --hub_model_id", hint="say --hub_model_id ORG/NAME")
+        if self.offline:
+            raise ConfigError("--offline true and --push_to_hub true exclude each other", hint="remove one of them")
+        if self.uploads_only:
+            self.refuse_without_effect(
+                ("output_dir", "exist_ok", "max_difference", "chat_template", "torch_dtype", "max_shard_size"),
+                "when a model or an adapter is uploaded as it is",
+            )
 
     def _check_format(self) -> None:
         for names, targets in (
@@ -162,21 +220,17 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
                 self.refuse_without_effect(names, f"without --to {targets[0]}")
 
     def _check_quantization(self) -> None:
-        of_quantizing = (
-            "quant_bits quant_format group_size sym desc_act damp_percent quant_strategy quant_activations bnb_4bit_quant_type "
-            "bnb_4bit_use_double_quant quant_skip"
-        ).split()
         if self.quant_method == "gptq_v2":
+            if self.quant_format not in (None, "gptq_v2"):
+                raise ConfigError(
+                    f"--quant_method gptq_v2 and --quant_format {self.quant_format} exclude each other", hint="say --quant_method gptq"
+                )
             self.derive("quant_method", "gptq", "gptq_v2 is a format of gptq")
             self.derive("quant_format", "gptq_v2", "--quant_method gptq_v2")
         method = self.quant_method
         if method is None:
-            self.refuse_without_effect(of_quantizing, "without --quant_method")
-            if self.to is None:
-                calibrating = (
-                    "dataset columns use_chat_template system max_length quant_n_samples quant_batch_size quant_eval_samples max_kl"
-                )
-                self.refuse_without_effect(calibrating.split(), "when merging")
+            own = [name for name in QuantizeOptions.__annotations__ if name not in ("quant_method", "max_kl")]
+            self.refuse_without_effect(own, "without --quant_method")
             return
         if self.quant_bits is None:
             self.derive("quant_bits", 4 if 4 in BITS[method] else 8, f"--quant_method {method}")
@@ -193,10 +247,17 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
                 f"--quant_format {self.quant_format} does not hold what --quant_method {method} makes",
                 hint=f"choose from: {', '.join(FORMATS[method])}",
             )
+        for pattern in self.quant_skip:
+            _check_pattern(pattern)
+        self._check_method(method)
+
+    def _check_method(self, method: str) -> None:
         if method not in ("gptq", "awq"):
             self.refuse_without_effect(("group_size",), f"with --quant_method {method}")
         if method != "gptq":
             self.refuse_without_effect(("sym", "desc_act", "damp_percent"), f"with --quant_method {method}")
+        elif self.group_size == -1:
+            self.refuse_without_effect(("desc_act",), "with --group_size -1: a single group has no order")
         if method not in ("fp8", "int8"):
             self.refuse_without_effect(("quant_strategy", "quant_activations"), f"with --quant_method {method}")
         elif self.quant_strategy is None:
@@ -209,7 +270,28 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
                 hint="say --quant_strategy block, or --quant_format compressed-tensors",
             )
         if method != "bnb":
-            self.refuse_without_effect(("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"), f"with --quant_method {method}")
+            self.refuse_without_effect(BNB_OPTIONS, f"with --quant_method {method}")
+        elif self.quant_bits == 8:
+            self.refuse_without_effect(BNB_OPTIONS, "with --quant_bits 8")
+
+    def _check_calibration(self) -> None:
+        own = list(CalibrationConfig.__annotations__)
+        if self.merges_only or self.uploads_only:
+            because = "when merging" if self.merges_only else "when a model or an adapter is uploaded as it is"
+            self.refuse_without_effect([*own, "max_kl", "load_data_args"], because)
+            return
+        if self.quant_method == "fp8" and self.quant_activations == "dynamic":
+            because = "with --quant_method fp8 and --quant_activations dynamic, which need no calibration"
+            self.refuse_without_effect(("quant_n_samples", "quant_batch_size"), because)
+        if self.quant_method in (None, "bnb"):
+            because = f"with --to {self.to}" if self.quant_method is None else "with --quant_method bnb"
+            self.refuse_without_effect(("quant_n_samples", "quant_batch_size"), f"{because}, which needs no calibration")
+            if self.quant_eval_samples == 0:
+                self.refuse_without_effect([*own[: own.index("quant_n_samples")], "load_data_args"], "with --quant_eval_samples 0")
+        if not self.dataset:
+            self.refuse_without_effect(("columns", "system"), "without --dataset")
+        if self.max_kl is not None and self.quant_eval_samples == 0:
+            raise ConfigError("--max_kl needs something to measure with", hint="remove --quant_eval_samples 0")
 
 
 @dataclass(kw_only=True)
@@ -220,3 +302,16 @@ class QuantizeConfig(ExportConfig):
         if self.quant_method is None:
             raise ConfigError("no --quant_method is given", hint="say --quant_method gptq, awq, fp8, int8 or bnb")
         super().check()
+
+
+def _is_size(text: str) -> bool:
+    """Whether ``text`` is such as 5GB, 500MB or 1.5GiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[KMGT]?i?B?", text.strip(), re.IGNORECASE)
+    return found is not None and float(found[1]) > 0
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as problem:
+        raise ConfigError(f"--quant_skip {pattern}: no regular expression: {problem}") from None

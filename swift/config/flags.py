@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from swift.config import compat
-from swift.config.options import Config, build, default_of, is_bool, is_list, options_of, refuse_unless_inert, type_name
+from swift.config.options import Config, build, default_of, is_bool, is_list, of_checkpoint, options_of, refuse_unless_inert, type_name
 from swift.errors import ConfigError
 
 C = TypeVar("C", bound=Config)
@@ -93,8 +93,7 @@ def parse(
     layers = [recipe, ("flag", given)]
     saved = checkpoint(said) if checkpoint else None
     if saved:
-        known = {name: value for name, value in saved[1].items() if name in cls.__dataclass_fields__}
-        layers.insert(0, (saved[0], known))
+        layers.insert(0, (saved[0], of_checkpoint(cls, saved[1])))
     return build(cls, *layers)
 
 

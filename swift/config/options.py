@@ -56,6 +56,11 @@ class Config:
     def check(self) -> None:
         """Raise ConfigError for values that cannot go together. Groups extend it and call super().check()."""
 
+    @classmethod
+    def takes_of_checkpoint(cls, name: str) -> bool:
+        """Whether what a checkpoint has saved as ``name`` fills an option here, where it means the same."""
+        return name in cls.__dataclass_fields__
+
     def given(self, name: str) -> bool:
         """Whether the user set ``name``, now and here, to something other than its default."""
         return self.said(name) and bool(getattr(self, name) != default_of(field_named(type(self), name)))
@@ -107,6 +112,11 @@ def _parts(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) is UnionType or isinstance(kind, UnionType) else (kind,)
 
 
+def of_checkpoint(cls: type[Config], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a checkpoint has ``saved`` the values that ``cls`` takes."""
+    return {name: value for name, value in saved.items() if cls.takes_of_checkpoint(name)}
+
+
 def build(cls: type[C], *layers: tuple[str, Mapping[str, Any]]) -> C:
     """A checked ``cls`` from ``layers`` of (source, values), the strongest last.
 
@@ -144,17 +154,31 @@ def resolve_names(cls: type[Config], layer: Mapping[str, Any]) -> dict[str, Any]
 
 
 def refuse_unless_inert(cls: type[Config], name: str, value: Any) -> None:
-    """ConfigError for a name that ``cls`` does not have, unless ``value`` asks for what happens anyway."""
+    """ConfigError for a name that ``cls`` does not have, unless ``value`` asks for what happens anyway.
+
+    That is an accepted value of a refused option, or the default of one that belongs to another command.
+    """
     refusal = compat.refusal(name)
     if refusal is not None:
         if refusal.is_inert(value):
             return
         raise ConfigError(f"option --{name} is not available: {refusal.reason}", hint=_hint_for(refusal.accepts, name))
-    if any(name in other.__dataclass_fields__ for other in _descendants(Config)):
-        raise ConfigError(f"option --{name} has no effect here: it belongs to another command", hint=f"remove --{name}")
+    elsewhere = {other.__dataclass_fields__[name] for other in _descendants(Config) if name in other.__dataclass_fields__}
+    if elsewhere:
+        if all(_is_default(field, value) for field in elsewhere):
+            return
+        hint = compat.elsewhere(name) or f"remove --{name}"
+        raise ConfigError(f"option --{name} has no effect here: it belongs to another command", hint=hint)
     match = near(name, cls.__dataclass_fields__)
     hint = f"did you mean --{match}?" if match else "see --help for all options"
     raise ConfigError(f"unknown option --{name}", hint=hint)
+
+
+def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    try:
+        return bool(convert(field, value) == default_of(field))
+    except ConfigError:
+        return False
 
 
 def _descendants(cls: type[Config]) -> Iterator[type[Config]]:

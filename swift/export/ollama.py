@@ -9,9 +9,10 @@ from jinja2 import TemplateError
 from swift import console
 from swift.config.export import ExportConfig
 from swift.export import gguf
-from swift.export.gguf.about import generation, licence_of
+from swift.export.gguf.about import generation
 from swift.export.go_template import Pieces, find_pieces
 from swift.files import write_text
+from swift.hub.facts import licence_of
 from swift.model.artifact import Artifact, ModelFolder
 from swift.model.tokenizer import load_tokenizer
 from swift.quantize.measure import Measured, Reference

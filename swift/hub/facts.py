@@ -36,7 +36,6 @@ def model_facts(snapshot: Snapshot) -> ModelFacts:
         if file.endswith(".safetensors"):
             for dtype, shape in read_header(snapshot.path / file).values():
                 dtypes[dtype] += math.prod(shape)
-    about = cache.manifest(snapshot.path) or {}
     tokenizer = _json(snapshot.path / "tokenizer_config.json")
     return ModelFacts(
         architecture=next(iter(config.get("architectures") or []), config.get("model_type")),
@@ -44,9 +43,9 @@ def model_facts(snapshot: Snapshot) -> ModelFacts:
         dtypes=dict(dtypes.most_common()),
         context_length=inner.get("max_position_embeddings"),
         vocabulary=inner.get("vocab_size"),
-        licence=about.get("licence") or card_licence(snapshot.path / "README.md"),
+        licence=licence_of(snapshot.path),
         has_chat_template=bool(tokenizer.get("chat_template")) or "chat_template.jinja" in snapshot.files,
-        quantized=list(about.get("quantized") or []),
+        quantized=list((cache.manifest(snapshot.path) or {}).get("quantized") or []),
     )
 
 
@@ -67,7 +66,13 @@ def count_text(count: int) -> str:
     return str(count)
 
 
-def card_licence(card: Path) -> str | None:
+def licence_of(path: Path) -> str | None:
+    """The licence of the model in ``path``, as its package or its card states it; None if neither does."""
+    about = cache.manifest(path) or {}
+    return about.get("licence") or _card_licence(path / "README.md")
+
+
+def _card_licence(card: Path) -> str | None:
     """The ``license:`` line in the front matter of a model card."""
     try:
         text = card.read_text(encoding="utf-8", errors="replace")

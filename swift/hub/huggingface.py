@@ -82,7 +82,7 @@ def push(
     revision: str | None = None,
 ) -> str:
     """Upload the folder ``path`` to the model repository ``name``, made if need be; returns the address of the commit."""
-    api = _client(name, revision or _MAIN, token)
+    api = _client(name, revision or _MAIN, token, uploads=True)
     with _explained(api, name, revision or _MAIN), download.quiet_bars():
         made = api.create_repo(name, private=private, exist_ok=True)
         what = {"folder_path": path, "ignore_patterns": download.NOT_PUSHED}
@@ -93,9 +93,25 @@ def push(
     return str(commit.commit_url)
 
 
-def _client(name: str, wanted: str, token: str | None) -> Any:
+def check_push(name: str, *, token: str | None = None) -> None:
+    """HubError if the token is none, or may not write to ``name``; whether a new repository may be made shows only then."""
+    from huggingface_hub import errors
+
+    api = _client(name, _MAIN, token, uploads=True)
+    with _explained(api, name, _MAIN):
+        try:
+            api.whoami()
+        except errors.LocalTokenNotFoundError as problem:
+            raise HubError(f"hf::{name}: an upload needs a token", hint="say --hub_token TOKEN, or set HF_TOKEN") from problem
+        with contextlib.suppress(errors.RepositoryNotFoundError):
+            api.auth_check(name, write=True)
+
+
+def _client(name: str, wanted: str, token: str | None, *, uploads: bool = False) -> Any:
     from huggingface_hub import HfApi, constants
 
+    if constants.HF_HUB_OFFLINE and uploads:
+        raise HubError(f"hf::{name}: HF_HUB_OFFLINE is set, and an upload needs the hub", hint="unset HF_HUB_OFFLINE")
     if constants.HF_HUB_OFFLINE:
         raise download.not_cached("hf", name, wanted, because="HF_HUB_OFFLINE is set")
     api = HfApi(token=token, library_name="swift")
@@ -129,4 +145,4 @@ def _explained(api: Any, name: str, revision: str) -> Iterator[None]:
         raise download.unreachable(f"hf::{name}", api.endpoint, problem.__cause__ or problem) from problem
 
 
-HUB = Hub("Hugging Face", resolve, push)
+HUB = Hub("Hugging Face", resolve, push, check_push)

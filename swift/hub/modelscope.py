@@ -1,13 +1,14 @@
 """``ms::ID``: ModelScope, or any server that speaks its protocol (MODELSCOPE_ENDPOINT), through its own client."""
 
 import contextlib
+import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from swift.deps import require
-from swift.errors import HubError
+from swift.errors import HubError, first_line
 from swift.hub import cache, download
 from swift.hub.download import RemoteFile
 from swift.hub.snapshot import Hub, Snapshot
@@ -62,6 +63,54 @@ def _fetch(name: str, wanted: str, *, token: str | None, repo_type: str) -> Snap
     return cache.add(repo_type, "ms", name, wanted, fill, can_resume=True)
 
 
+def push(
+    path: Path,
+    name: str,
+    *,
+    token: str | None = None,
+    private: bool = False,
+    commit_message: str = "Upload",
+    revision: str | None = None,
+) -> str:
+    """Upload the folder ``path`` to the model repository ``name``, made if need be; returns its address.
+
+    What has arrived is noted in the cache and not sent again when the same upload is tried again.
+    """
+    api, endpoint = _client(name, token)
+    arrived = cache.cache_root() / "uploads" / f"ms-{name.replace('/', '--')}.json"
+    arrived.parent.mkdir(parents=True, exist_ok=True)
+    faults: list[str] = []
+
+    def note(event: dict[str, Any]) -> None:
+        if event.get("error"):
+            faults.append(first_line(event["error"]))
+
+    with _explained(endpoint, name, revision or _MASTER, faults), contextlib.redirect_stdout(io.StringIO()):  # the client prints a summary
+        if not api.repo_exists(name, "model"):
+            api.create_repo(name, "model", visibility="private" if private else "public")
+        api.upload_folder(
+            name,
+            "model",
+            path,
+            commit_message=commit_message,
+            revision=revision or _MASTER,
+            ignore_patterns=download.NOT_PUSHED,
+            disable_tqdm=True,
+            use_cache=True,
+            tracker_path=arrived,
+            progress_callback=note,
+        )
+    arrived.unlink(missing_ok=True)
+    return f"{endpoint}/models/{name}"
+
+
+def check_push(name: str, *, token: str | None = None) -> None:
+    """HubError if the token is none; whether it may write to ``name`` shows only then."""
+    api, endpoint = _client(name, token)
+    with _explained(endpoint, name, _MASTER):
+        api.whoami()
+
+
 def _client(name: str, token: str | None) -> tuple[Any, str]:
     hub = require("modelscope_hub", extra="modelscope", package="modelscope-hub")
     config = hub.HubConfig(**({"token": token} if token else {}))
@@ -71,8 +120,8 @@ def _client(name: str, token: str | None) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _explained(endpoint: str, name: str, revision: str) -> Iterator[None]:
-    """Errors of the client and of HTTP as one HubError each."""
+def _explained(endpoint: str, name: str, revision: str, faults: Sequence[str] = ()) -> Iterator[None]:
+    """Errors of the client and of HTTP as one HubError each; ``faults`` say more of the end of an upload."""
     import requests
     from modelscope_hub import errors
 
@@ -90,8 +139,8 @@ def _explained(endpoint: str, name: str, revision: str) -> Iterator[None]:
         ) from problem
     except (errors.NetworkError, requests.RequestException) as problem:
         raise download.unreachable(f"ms::{name}", endpoint, problem) from problem
-    except errors.HubError as problem:
-        raise HubError(f"ms::{name}: {str(problem).splitlines()[0]}", hint="try again later") from problem
+    except (errors.HubError, RuntimeError) as problem:  # a RuntimeError ends an upload of which several parts failed
+        raise HubError(f"ms::{name}: {faults[0] if faults else first_line(problem)}", hint="try again later") from problem
 
 
-HUB = Hub("ModelScope", resolve)
+HUB = Hub("ModelScope", resolve, push, check_push)

@@ -27,9 +27,11 @@ class Hub:
 
     ``resolve(name, revision, *, token, offline, repo_type, refresh) -> Snapshot`` fetches ``name``; ``refresh`` asks the
     hub again although the cache has an answer. ``push(path, name, *, token, private, commit_message, revision) -> str``
-    uploads the folder ``path`` and returns the address of what it made; None if one cannot push to this hub.
+    uploads the folder ``path`` and returns the address of what it made; ``check_push(name, *, token)`` raises HubError if
+    it could not. Both are None if one cannot push to this hub.
     """
 
     title: str
     resolve: Callable[..., Snapshot]
     push: Callable[..., str] | None = None
+    check_push: Callable[..., None] | None = None

@@ -10,6 +10,7 @@ from swift import deps
 from swift.errors import ModelError, first_line
 from swift.model.device import DTYPES, choose_device, choose_dtype
 from swift.model.files import read_config
+from swift.model.quantized import FORMATS, format_of
 from swift.model.tokenizer import load_tokenizer
 
 
@@ -68,9 +69,14 @@ def load_model(
     quantization: Quantization | None = None,
     chat_template: str | None = None,
     processor: Any = None,
+    dense: bool = False,
+    rounds_inputs: bool = False,
 ) -> Loaded:
     """The model in ``path`` in evaluation mode on its device, with its tokenizer; with a ``processor``, as one that reads images.
 
+    Layers of a quantized checkpoint keep their few bits (QuantizedLinear); with ``dense`` they become floating-point numbers.
+    Their inputs are rounded to 8 bits, where the checkpoint asks for it, with ``rounds_inputs`` alone: it gives what an engine
+    that multiplies in 8 bits computes, while inputs as they are give better answers and gradients.
     Raises ModelError for a damaged or unknown model, MachineError for a device that is not there.
     """
     target = choose_device(device)
@@ -79,11 +85,20 @@ def load_model(
     arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
     if attn_impl is not None:
         arguments["attn_implementation"] = attn_impl
+    stored = quantization_of(path)
+    if stored and quantization is not None:
+        raise ModelError(f"{path}: its weights are quantized already ({stored.get('quant_method')})", hint="leave --quant_method away")
     if quantization is not None:
         arguments["quantization_config"] = _bitsandbytes(quantization)
+    elif stored:
+        arguments |= _as_stored(path, stored, dtype, rounds_inputs)
+    on_device = quantization is not None or format_of(stored) == "bnb"
+    if on_device:
         arguments["device_map"] = {"": str(target)}
     model = _from_pretrained(path, arguments, reads_images=processor is not None)
-    if quantization is None:
+    if dense and stored:
+        model = _densified(model, dtype)
+    if not on_device:
         model.to(target)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -110,6 +125,46 @@ def _from_pretrained(path: Path, arguments: dict[str, Any], *, reads_images: boo
             f"{path}: {len(missing)} weights are missing, the first is {missing[0]}", hint="fetch the model again; a shard may be absent"
         )
     return model
+
+
+def quantization_of(path: Path) -> dict[str, Any]:
+    """What config.json says of the quantization of the weights; empty if they are not quantized."""
+    config = read_config(path)
+    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
+    return found if isinstance(found, dict) else {}
+
+
+def _as_stored(path: Path, stored: dict[str, Any], dtype: torch.dtype, rounds_inputs: bool) -> dict[str, Any]:
+    """Arguments that read a quantized checkpoint: our formats here, that of bitsandbytes by its package, others as transformers can."""
+    kind = format_of(stored)
+    if kind == "bnb":
+        from transformers import AutoConfig
+
+        deps.require("bitsandbytes", extra="bnb")
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config.quantization_config = stored | {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+        return {"config": config}
+    if kind not in FORMATS and _is_known_to_transformers(stored.get("quant_method")):
+        return {}
+    from swift.model.quantized.reading import config_for
+
+    return {"config": config_for(path, stored, rounds_inputs=rounds_inputs)}
+
+
+def _is_known_to_transformers(method: Any) -> bool:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    return method != "gptq" and method in AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+def _densified(model: Any, dtype: torch.dtype) -> Any:
+    from swift.model.quantized.linear import QuantizedLinear, densify
+
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        densify(model)
+        model.hf_quantizer.remove_quantization_config(model)
+        return model
+    return model.dequantize(dtype)
 
 
 def _bitsandbytes(quantization: Quantization) -> Any:

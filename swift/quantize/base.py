@@ -1,11 +1,13 @@
 """The contract of a quantizer: rules that turn a layer's weights into few bits, from what was seen of its inputs."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from swift.model.quantized.base import Settings, Weight
+from swift.quantize.folds import Fold
 
 # N outputs, K inputs
 
@@ -32,6 +34,21 @@ class Quantizer(Protocol):
 
     def quantize(self, layers: dict[str, nn.Linear], inputs: Inputs) -> dict[str, Weight]:
         """Weights of ``layers``, which share ``inputs``, by their names. The layers are not changed."""
+
+
+@runtime_checkable
+class ScalingQuantizer(Quantizer, Protocol):
+    """A quantizer that scales inputs before it rounds: what produces them is divided, the layers are multiplied."""
+
+    def quantize_scaled(
+        self, block: nn.Module, layers: dict[str, nn.Linear], inputs: Inputs, fold: Fold, made: dict[str, Weight], dtype: torch.dtype
+    ) -> tuple[dict[str, Weight], Tensor]:
+        """Weights of ``layers`` of ``block`` for inputs divided by a scale (K,), and that scale.
+
+        The block is changed so that it computes the same as before: the ``fold``'s producer is divided, the layers are
+        multiplied. ``made`` are weights of the block that are quantized already; that of the producer is divided there too.
+        ``dtype`` is the precision in which what is not quantized will be stored. ``inputs`` stay those before the division.
+        """
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, arXiv 2210.17323.
 The columns come in the order of their importance (the diagonal of the Hessian); their groups are those of the original order,
-so that the file needs no table of groups, unless desc_act asks for it.
+so that the file needs no table of groups, unless desc_act asks for it. Then scales and codes are fitted once more (refine.py).
 """
 
 import torch
@@ -13,6 +13,7 @@ from swift.errors import ModelError
 from swift.model.quantized.base import GroupedWeight, Settings, Weight
 from swift.quantize.base import Inputs
 from swift.quantize.grid import find_grid
+from swift.quantize.refine import refine
 
 # N outputs, K inputs, G groups, C columns of a part
 
@@ -34,6 +35,7 @@ class Gptq:
         whole = torch.cat(weights)
         hessian = inputs.hessian if inputs.hessian is not None else torch.eye(whole.shape[1], device=whole.device)
         found = gptq(whole, hessian, self.settings, self.damp)
+        del whole
         made: dict[str, Weight] = {}
         begin = 0
         for name, weight in zip(layers, weights, strict=True):
@@ -56,20 +58,22 @@ def gptq(weight: Tensor, hessian: Tensor, settings: Settings, damp: float) -> Gr
     importance = hessian.diagonal().clone()
     weight = weight.clone()
     weight[:, importance == 0] = 0  # inputs that are always zero
+    # Between plain least squares and the diagonal of the Hessian: errors are carried over, but not between all inputs.
+    weighting = importance.sqrt()
     order = torch.argsort(importance, descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order], damp)
     ordered = weight[:, order]
     columns = torch.arange(inputs, device=weight.device) // size
     if settings.desc_act:
-        scales, zeros = find_grid(ordered, settings.bits, size, settings.symmetric, importance[order])
+        scales, zeros = find_grid(ordered, settings.bits, size, settings.symmetric, weighting[order])
         group_of = columns
     else:
-        scales, zeros = find_grid(weight, settings.bits, size, settings.symmetric, importance)
+        scales, zeros = find_grid(weight, settings.bits, size, settings.symmetric, weighting)
         group_of = columns[order]
-    codes = _round_columns(ordered, factor, scales[:, group_of], zeros[:, group_of].float(), 2**settings.bits - 1)
+    codes = round_columns(ordered, factor, scales[:, group_of], zeros[:, group_of].float(), 2**settings.bits - 1)
     back = order.argsort()
     groups = columns[back].int() if settings.desc_act else None
-    return GroupedWeight(codes[:, back], scales, zeros, settings.bits, settings.symmetric, groups)
+    return refine(weight, hessian, GroupedWeight(codes[:, back], scales, zeros, settings.bits, settings.symmetric, groups))
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
@@ -83,13 +87,14 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
         damped.diagonal()[hessian.diagonal() == 0] = mean
         lower, fault = torch.linalg.cholesky_ex(damped)
         if fault == 0:
+            upper: Tensor
             upper, fault = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if fault == 0 and bool(torch.isfinite(upper).all()):
                 return upper
     raise ModelError("the inputs of a layer cannot be told apart (no Cholesky factor)", hint="calibrate with more data: --quant_n_samples")
 
 
-def _round_columns(weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, most: int) -> Tensor:
+def round_columns(weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, most: int) -> Tensor:
     """Codes (N, K) uint8; ``weight`` (N, K) is used up; ``scales`` and ``zeros`` (N, K) are those of each column."""
     codes = torch.empty_like(weight, dtype=torch.uint8)
     # Columns as rows: what one step reads and writes lies together.

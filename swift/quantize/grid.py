@@ -20,18 +20,21 @@ SHRUNKEN = {
 REFINEMENTS = 2
 
 
-def find_grid(weight: Tensor, bits: int, group_size: int, symmetric: bool, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def find_grid(
+    weight: Tensor, bits: int, group_size: int, symmetric: bool, importance: Tensor | None = None, *, least_zero: int = 0
+) -> tuple[Tensor, Tensor]:
     """Scales (N, G) float32 and zeros (N, G) uint8 of the groups of ``weight`` (N, K), as in GroupedWeight.
 
     They are the best found for the squared error of rounding to the nearest, each input weighted by ``importance`` (K,), or
     for d B d' of each group with the blocks B of ``importance`` (G, S, S). Tried are ranges from the whole one down, with a
     zero on both sides of the exact one unless ``symmetric``; then, with the codes of the best, the scale of least squares.
-    Scales are values that float16 holds. ConfigError if groups of ``group_size`` (-1: a row) do not fill the rows.
+    Scales are values that float16 holds, zeros are at least ``least_zero`` (see WeightFormat). ConfigError if groups of
+    ``group_size`` (-1: a row) do not fill the rows.
     """
     count = num_groups(weight.shape[1], group_size)
     blocks = _blocks(importance, count, weight)
     rows = max(1, CHUNK // weight.shape[1])
-    found = [_search(_grouped(part, count), bits, symmetric, blocks) for part in weight.split(rows)]
+    found = [_search(_grouped(part, count), bits, symmetric, blocks, least_zero) for part in weight.split(rows)]
     scales, zeros = zip(*found, strict=True)
     return torch.cat(scales), torch.cat(zeros)
 
@@ -54,7 +57,7 @@ def round_to(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor
 def round_to_nearest(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """The grid that the range of each group gives without a search: what others are measured against."""
     grouped = _grouped(weight, num_groups(weight.shape[1], group_size))
-    zeros = next(_zeros(grouped, bits, symmetric))
+    zeros = next(_zeros(grouped, bits, symmetric, 0))
     return _representable(_whole(grouped, zeros, bits)), zeros.to(torch.uint8)
 
 
@@ -77,7 +80,7 @@ def _blocks(importance: Tensor | None, count: int, weight: Tensor) -> Tensor:
     return importance / mean + 1e-6 * eye if mean > 0 else eye.expand(count, -1, -1)
 
 
-def _search(weight: Tensor, bits: int, symmetric: bool, blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _search(weight: Tensor, bits: int, symmetric: bool, blocks: Tensor, least_zero: int) -> tuple[Tensor, Tensor]:
     """Of weights (N, G, S): scales and zeros (N, G)."""
     buffer = torch.empty_like(weight)
     best = torch.full(weight.shape[:2], torch.inf, device=weight.device)
@@ -92,7 +95,7 @@ def _search(weight: Tensor, bits: int, symmetric: bool, blocks: Tensor) -> tuple
         scales.copy_(torch.where(better, scale, scales))
         zeros.copy_(torch.where(better, zero, zeros))
 
-    for zero in _zeros(weight, bits, symmetric):
+    for zero in _zeros(weight, bits, symmetric, least_zero):
         whole = _whole(weight, zero, bits)
         for ratio in SHRUNKEN[bits]:
             attempt(_representable(whole * ratio), zero)
@@ -104,16 +107,16 @@ def _search(weight: Tensor, bits: int, symmetric: bool, blocks: Tensor) -> tuple
     return scales, zeros.to(torch.uint8)
 
 
-def _zeros(weight: Tensor, bits: int, symmetric: bool) -> Iterator[Tensor]:
+def _zeros(weight: Tensor, bits: int, symmetric: bool, least: int) -> Iterator[Tensor]:
     """Zeros (N, G) worth a trial, the nearest to the exact one first."""
     if symmetric:
         yield torch.full(weight.shape[:2], 2.0 ** (bits - 1), device=weight.device)
         return
     below, above = weight.amin(-1).clamp_(max=0), weight.amax(-1).clamp_(min=0)
     exact = (-below / (above - below).clamp_min_(torch.finfo(torch.float32).tiny)) * (2**bits - 1)
-    nearest = exact.round()
+    nearest = exact.round().clamp_(least, 2**bits - 1)
     yield nearest
-    yield (nearest + torch.where(exact < nearest, -1.0, 1.0)).clamp_(0, 2**bits - 1)
+    yield (nearest + torch.where(exact < nearest, -1.0, 1.0)).clamp_(least, 2**bits - 1)
 
 
 def _whole(weight: Tensor, zero: Tensor, bits: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swift.model.experts import SeparateExperts
 from swift.quantize.base import Inputs
 from swift.quantize.skeleton import Call, Skeleton
 from swift.quantize.store import Store
@@ -44,8 +45,11 @@ class Batch:
         rows, length = self.shape
         if self.tokens == rows * length:
             return states.reshape(-1, states.shape[-1])
-        mask = torch.arange(length)[None] < torch.tensor(self.lengths)[:, None]
-        return states.reshape(rows * length, -1)[mask.flatten().to(states.device)]
+        return states.reshape(rows * length, -1)[self.valid().to(states.device)]
+
+    def valid(self) -> Tensor:
+        """(B * T,): what is no padding."""
+        return (torch.arange(self.ids.shape[1])[None] < torch.tensor(self.lengths)[:, None]).flatten()
 
 
 def batches_of(documents: list[list[int]], size: int | None) -> list[Batch]:
@@ -173,7 +177,7 @@ class BlockPasses:
     def _spill(self, group: Group) -> Store:
         layer: Any = self.block.get_submodule(group.layers[0])
         sizes = [batch.ids.numel() * layer.in_features for batch in self.batches]
-        store = Store(self.folder / f"{group.child}.in", sizes, torch.bfloat16)
+        store = Store(self.folder / f"{group.child}.in", sizes, torch.float16)
         self.kept[group.child or ""] = store
         return store
 
@@ -196,6 +200,9 @@ class BlockPasses:
     @contextmanager
     def _given(self, index: int) -> Iterator[None]:
         """Parts whose results are kept give these for batch ``index``."""
+        experts = [module for module in self.block.modules() if isinstance(module, SeparateExperts)]
+        for module in experts:
+            module.valid = self.batches[index].valid().to(self.skeleton.device)
         replaced = []
         for name, store in self.kept.items():
             if index in store and store.path.suffix == ".out":
@@ -207,6 +214,8 @@ class BlockPasses:
         finally:
             for name, child in replaced:
                 setattr(self.block, name, child)
+            for module in experts:
+                module.valid = None
 
 
 class _Given(nn.Module):

@@ -110,6 +110,10 @@ class Stream:
     def call(self, index: int, block: int) -> Call:
         return self._calls[self.batches[index].shape][block]
 
+    def close(self) -> None:
+        for store in self._stores:
+            store.close()
+
     def calls_of(self, block: int) -> dict[tuple[int, int], Call]:
         return {shape: calls[block] for shape, calls in self._calls.items()}
 

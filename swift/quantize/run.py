@@ -6,31 +6,32 @@ predecessors gave; the block's new tensors are written; what it gives is what th
 block where it was.
 """
 
+import contextlib
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from swift import console
 from swift.config.export import ExportConfig
-from swift.errors import ModelError
 from swift.files import write_json
 from swift.hub.safetensors_header import read_entries
 from swift.model.artifact import Artifact, ModelFolder
 from swift.model.device import DTYPES, choose_device
+from swift.model.load import checkpoint_dtype
 from swift.model.quantized import FORMATS
-from swift.model.quantized.base import Settings, Weight, WeightFormat
+from swift.model.quantized.base import Settings
 from swift.model.tokenizer import load_tokenizer
 from swift.quantize import QUANTIZERS
-from swift.quantize.base import Inputs, Plan, Quantizer
+from swift.quantize.base import Quantizer
+from swift.quantize.block import Job, one_block
 from swift.quantize.calibrate import documents
 from swift.quantize.head import measure
 from swift.quantize.measure import Measured
-from swift.quantize.passes import BlockPasses, batches_of
+from swift.quantize.passes import batches_of
 from swift.quantize.plan import make_plan
 from swift.quantize.progress import Progress, Stream
 from swift.quantize.skeleton import Skeleton
@@ -39,6 +40,7 @@ from swift.quantize.tensors import FLOATS, Checkpoint, assemble, size_in_bytes
 WORK = ".work"  # in the output folder, until it is whole
 SKIPPED_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5"}
 WORST = 8
+NO_TEXT = [list(range(16))]  # finds out which layers there are
 
 
 def quantize(model: ModelFolder, config: ExportConfig, folder: Path) -> tuple[Artifact, Measured, tuple[tuple[str, float], ...]]:
@@ -49,14 +51,17 @@ def quantize(model: ModelFolder, config: ExportConfig, folder: Path) -> tuple[Ar
     plan = make_plan(skeleton, config)
     quantizer: Quantizer = QUANTIZERS.get(str(config.quant_method))(config, plan.settings)
     found = documents(config, load_tokenizer(model.path), calibrates=bool(quantizer.needs))
-    job = Job(skeleton, plan, quantizer, FORMATS.get(str(config.quant_format)), device)
+    dtype = DTYPES[config.torch_dtype] if config.torch_dtype else checkpoint_dtype(model.path)
+    job = Job(skeleton, plan, quantizer, FORMATS.get(str(config.quant_format)), device, dtype)
     progress = Progress(folder / WORK, model, config, plan)
-    with torch.inference_mode():
+    with torch.inference_mode(), contextlib.ExitStack() as open_streams:
         calibration = Stream(
-            progress, "calibration", batches_of(found.calibration or found.held_out[:1], config.quant_batch_size), skeleton
+            progress, "calibration", batches_of(found.calibration or found.held_out[:1] or NO_TEXT, config.quant_batch_size), skeleton
         )
         held_out = batches_of(found.held_out, 1)
         original, quantized = (Stream(progress, name, held_out, skeleton) for name in ("original", "quantized"))
+        for stream in (calibration, original, quantized):
+            open_streams.callback(stream.close)
         for index in range(progress.block, len(skeleton)):
             begin = time.monotonic()
             errors = one_block(job, index, calibration, original, quantized, progress)
@@ -73,72 +78,6 @@ def quantize(model: ModelFolder, config: ExportConfig, folder: Path) -> tuple[Ar
     shutil.rmtree(progress.folder)
     worst_first = sorted(progress.errors.items(), key=lambda pair: -pair[1])
     return Artifact(folder, str(config.quant_format), files), measured, tuple(worst_first[:WORST])
-
-
-@dataclass(frozen=True)
-class Job:
-    """What does not change from block to block."""
-
-    skeleton: Skeleton
-    plan: Plan
-    quantizer: Quantizer
-    format: WeightFormat
-    device: torch.device
-
-
-def one_block(job: Job, index: int, calibration: Stream, original: Stream, quantized: Stream, progress: Progress) -> dict[str, float]:
-    """Quantize block ``index``, write its tensors, and let the streams pass it; relative squared errors of its layers."""
-    block = job.skeleton.block(index)
-    for batch in original.indices():
-        original.write(batch, job.skeleton.run(block, original.read(batch), original.call(batch, index)))
-    passes = BlockPasses(job.skeleton, block, calibration.batches, calibration.hidden, calibration.calls_of(index), progress.folder)
-    made: dict[str, Weight] = {}
-    errors: dict[str, float] = {}
-    try:
-        for level in passes.levels(lambda name: job.skeleton.key_of(index, name) in job.plan.skipped):
-            for group, inputs in passes.inputs(level, job.quantizer.needs):
-                layers: dict[str, Any] = {name: block.get_submodule(name) for name in group.layers}
-                for name, weight in job.quantizer.quantize(layers, inputs).items():
-                    dense = weight.dequantize()
-                    errors[job.skeleton.key_of(index, name)] = relative_error(layers[name].weight, dense, inputs)
-                    layers[name].weight = nn.Parameter(dense, requires_grad=False)
-                    made[name] = weight
-                passes.finish(group, layers[group.layers[-1]].weight)
-        if job.quantizer.needs and index + 1 < len(job.skeleton):
-            passes.outputs(calibration.next)
-    finally:
-        passes.close()
-    for batch in quantized.indices():
-        quantized.write(batch, job.skeleton.run(block, quantized.read(batch), quantized.call(batch, index)))
-    progress.save(index, _tensors(job, index, block, made))
-    return errors
-
-
-def relative_error(weight: Tensor, dense: Tensor, inputs: Inputs) -> float:
-    """Mean squared error of the layer's output over the calibration text, by the mean square of the output."""
-    gap = dense - weight
-    if inputs.hessian is None:
-        return float(gap.square().sum() / weight.square().sum().clamp(min=1e-30))
-    return float(((gap @ inputs.hessian) * gap).sum() / ((weight @ inputs.hessian) * weight).sum().clamp(min=1e-30))
-
-
-def _tensors(job: Job, index: int, block: nn.Module, made: dict[str, Weight]) -> dict[str, Tensor]:
-    """The block's tensors that differ from those in the files, by their names there; ModelError if they are not read back equal."""
-    tensors: dict[str, Tensor] = {}
-    for name, weight in made.items():
-        key = job.skeleton.key_of(index, name)
-        written = job.format.write(key, weight, job.plan.settings)
-        if not torch.equal(job.format.read(key, written.__getitem__, job.plan.settings).dequantize(), weight.dequantize()):
-            raise ModelError(f"{key}: the format {job.plan.settings.method} does not give back what was put in; this is a bug")
-        tensors |= written
-    for name, parameter in block.named_parameters():
-        if name.removesuffix(".weight") in made and name.endswith(".weight"):
-            continue
-        key = job.skeleton.keys[f"{job.skeleton.place}.{index}.{name}"]
-        stored = job.skeleton.checkpoint.read(key)
-        if not torch.equal(stored.float(), parameter.cpu()):
-            tensors[key] = parameter.to("cpu", stored.dtype)
-    return tensors
 
 
 def _assemble(job: Job, progress: Progress, config: ExportConfig, folder: Path) -> tuple[str, ...]:
@@ -171,8 +110,9 @@ def _assemble(job: Job, progress: Progress, config: ExportConfig, folder: Path) 
 
 def _others(job: Job) -> list[str]:
     """Linear layers outside of the blocks, as they are called in the files: the head and whatever else there is."""
-    inside = f"{job.skeleton.place}."
-    names = [name for name, module in job.skeleton.model.named_modules() if type(module) is nn.Linear and not name.startswith(inside)]
-    return [
-        job.skeleton.keys[f"{name}.weight"].removesuffix(".weight") if f"{name}.weight" in job.skeleton.keys else name for name in names
+    skeleton = job.skeleton
+    tied = dict(getattr(skeleton.model, "all_tied_weights_keys", None) or {})  # the file has no weights of that name
+    names = [
+        name for name, module in skeleton.model.named_modules() if type(module) is nn.Linear and not name.startswith(f"{skeleton.place}.")
     ]
+    return [name if f"{name}.weight" in tied else skeleton.keys[f"{name}.weight"].removesuffix(".weight") for name in names]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from swift.errors import ConfigError, ModelError, first_line
 from swift.model.artifact import ModelFolder
-from swift.quantize.experts import separate_experts
+from swift.model.experts import Fused, find_names, separate_experts
 from swift.quantize.tensors import Checkpoint, model_checkpoint
 from swift.tuner.blocks import blocks_of
 
@@ -248,23 +248,9 @@ def _empty_model(folder: ModelFolder) -> Any:
         ) from problem
 
 
-def _find_keys(folder: ModelFolder, model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, dict[str, list[str]]]]:
-    """({name in the model: name in the files}, {fused weight: {pattern: its parts in the files}})."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    renamings: Any = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    state = model.state_dict()
-    keys: dict[str, str] = {}
-    fused: dict[str, dict[str, list[str]]] = {}
-    for key in checkpoint.sources:
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if pattern is None:
-            keys[name] = key
-        else:
-            fused.setdefault(name, {}).setdefault(pattern, []).append(key)
+def _find_keys(folder: ModelFolder, model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], Fused]:
+    """({name in the model: name in the files}, fused weights). ModelError if one is missing."""
+    keys, fused = find_names(model, checkpoint.sources)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, source in dict(tied).items():
         if name not in keys and source in keys:

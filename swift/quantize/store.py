@@ -1,15 +1,21 @@
 """Activations on disk: as many numbers as a long calibration has, in the memory of one batch."""
 
+import math
 import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from swift.files import reserve
+
+MOST = 2.0**15  # in float16, which holds 65504
+
 
 class Store:
     """One tensor of ``dtype`` for each batch, of any shape, in a file. What is read is a copy.
 
+    Numbers in float16 are divided by a power of two, so that the largest of a batch is within its range.
     The bytes of the file are kept in the page cache of the system, which it takes back when it needs memory.
     """
 
@@ -22,12 +28,16 @@ class Store:
         for size in sizes:
             self._places.append(self._places[-1] + size * self._width)
         self._shapes: dict[int, tuple[int, ...]] = {}
+        self._scales: dict[int, float] = {}
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        if self._places[-1]:
-            os.posix_fallocate(self._file, 0, self._places[-1])
+        reserve(self._file, self._places[-1])
 
     def write(self, index: int, tensor: Tensor) -> None:
-        stored = tensor.detach().to("cpu", self.dtype).contiguous()
+        tensor = tensor.detach().cpu()
+        if self.dtype == torch.float16:
+            self._scales[index] = 2.0 ** math.ceil(math.log2(max(float(tensor.abs().max()), 1e-30) / MOST))
+            tensor = tensor / self._scales[index]
+        stored = tensor.to(self.dtype).contiguous()
         if stored.numel() * self._width > self._places[index + 1] - self._places[index]:
             raise ValueError(f"batch {index} has {stored.numel()} numbers, more than its place holds")
         self._shapes[index] = tuple(tensor.shape)
@@ -49,7 +59,7 @@ class Store:
             if not count:
                 raise EOFError(f"{self.path} is too short")
             view, place = view[count:], place + count
-        return tensor.float()
+        return tensor.float().mul_(self._scales.get(index, 1.0))
 
     def __contains__(self, index: object) -> bool:
         return index in self._shapes

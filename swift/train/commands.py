@@ -68,20 +68,21 @@ def runs_show(config: RunsConfig) -> None:
 
 
 def audit_verify(config: RunsConfig) -> None:
-    """swift audit RUN: exit code 2 if the record was changed."""
-    run = _run(config)
+    """swift audit RUN, or the folder of an export: exit code 2 if the record or what it names was changed."""
+    named = Path(config.run or "")
+    run = named if config.run and (named / "audit.jsonl").is_file() else _run(config)
     path = run / "audit.jsonl"
     if not path.is_file():
         raise CheckpointError(f"{run} has no audit record")
     events = audit.verify(path)
     for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-        if line["event"] != "checkpoint" or not (run / line["checkpoint"]).is_dir():
+        if line["event"] not in ("checkpoint", "export") or not (run / line.get("checkpoint", "")).is_dir():
             continue
         for name, digest in line["sha256"].items():
-            file = run / line["checkpoint"] / name
+            file = run / line.get("checkpoint", "") / name
             if not file.is_file() or sha256_file(file) != digest:
                 raise CheckpointError(f"{file} is not the file that was recorded", hint="it was changed after it was written")
-    console.say(f"{path}: {events} events, unbroken; all recorded weights are as written")
+    console.say(f"{path}: {events} events, unbroken; all recorded files are as written")
 
 
 def _run(config: RunsConfig) -> Path:

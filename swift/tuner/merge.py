@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from swift import console, hub
 from swift.config.commands import MergeConfig
 from swift.errors import CheckpointError, ConfigError
-from swift.files import new_folder, write_json
+from swift.files import give_back, new_folder, replace_folder, write_json
 from swift.model.checkpoints import adapter_folder, model_reference
 from swift.model.device import DTYPES
 from swift.model.load import checkpoint_dtype, load_model
@@ -24,8 +25,40 @@ PROBES = (
 )
 
 
+@dataclass(frozen=True)
+class Merged:
+    """The merged model in ``path``; the model ``base`` and the ``adapter`` that it is made of; how much they differ at most.
+
+    ``difference`` of a log-probability in float32, ``stored`` in the precision ``dtype`` of the file.
+    """
+
+    path: Path
+    base: str
+    base_path: Path
+    reference: str
+    revision: str
+    sha256: dict[str, str]
+    adapter: Path
+    difference: float
+    stored: float
+    dtype: str
+
+    def summary(self) -> str:
+        return (
+            f"merged {self.adapter} into {self.path}: largest difference of a log-probability {self.difference:.2g} in float32, "
+            f"{self.stored:.2g} as stored in {self.dtype}"
+        )
+
+
 def run_merge(config: MergeConfig) -> Path:
-    """Merge, compare, write; the folder of the merged model.
+    """Merge, compare, write; the folder of the merged model."""
+    merged = merge(config)
+    console.say(merged.summary())
+    return merged.path
+
+
+def merge(config: MergeConfig) -> Merged:
+    """Merge, compare, write.
 
     The merge is done and compared in float32; the file has the precision of the base model.
     Raises CheckpointError, and writes nothing, if a log-probability moves by more than --max_difference.
@@ -36,10 +69,12 @@ def run_merge(config: MergeConfig) -> Path:
     refuse_start_from_lost_bits(folder)
     reference = model_reference(config.model) if config.model else base_of(folder)
     target = Path(config.output_dir) if config.output_dir else folder.with_name(f"{folder.name}-merged")
+    give_back(target)
     if target.exists() and not config.exist_ok:
         raise ConfigError(f"{target} exists", hint="choose another --output_dir, or say --exist_ok true to replace it")
     snapshot = hub.resolve(reference, config.model_revision, use_hf=config.use_hf, token=config.hub_token, offline=config.offline)
-    loaded = load_model(snapshot.path, torch_dtype="float32", device=config.device, chat_template=read_template(config.chat_template))
+    chat_template = read_template(config.chat_template)
+    loaded = load_model(snapshot.path, torch_dtype="float32", device=config.device, chat_template=chat_template, dense=True)
     tuned = with_adapter(loaded.model, folder)
     if not hasattr(tuned, "merge_and_unload"):
         kind = adapter_settings(folder).get("peft_type")
@@ -68,16 +103,13 @@ def run_merge(config: MergeConfig) -> Path:
                 f"the model as stored in {str(dtype).removeprefix('torch.')} differs from the adapter by {stored:.2g}",
                 hint="--torch_dtype float32 keeps all bits; nothing was written",
             )
-        if target.exists():
-            shutil.rmtree(target)
-        staging.rename(target)
+        replace_folder(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    console.say(
-        f"merged {folder} into {target}: largest difference of a log-probability {difference:.2g} in float32, "
-        f"{stored:.2g} as stored in {str(dtype).removeprefix('torch.')}"
+    name = str(dtype).removeprefix("torch.")
+    return Merged(
+        target, reference, snapshot.path, snapshot.reference, snapshot.revision, snapshot.sha256, folder, difference, stored, name
     )
-    return target
 
 
 def base_of(folder: Path) -> str:

@@ -21,6 +21,11 @@ class Loopback:
         self.corrupt: set[str] = set()  # one byte of these is changed, always
         self.cut: dict[str, int] = {}  # the connection breaks after so many bytes, once
         self.always_cut = False
+        self.tokens: set[str] | None = None  # if given, only these may write or ask who they are
+        self.readers: set[str] = set()  # of these tokens, those that may not write
+        self.private: set[str] = set()
+        self.broken_uploads = 0  # so many blobs are answered with an error of the server
+        self.messages: list[str] = []  # of commits
         self.requests: list[str] = []
         self.blobs: dict[str, bytes] = {}
         self.url = ""
@@ -96,9 +101,23 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         for pattern, method in _ROUTES:
             if match := re.fullmatch(pattern, path):
+                if method in _GUARDED and not self._may(writes=method not in ("whoami", "ms_whoami")):
+                    return
                 getattr(self, method)(*match.groups(), query=query, body=body)
                 return
-        self._json(404, {"Code": 404, "Success": False, "Message": "no such route"})
+        self._json(404, {"Code": 404, "Success": False, "Message": f"no such route: {path}"})
+
+    def _may(self, *, writes: bool) -> bool:
+        if self.state.tokens is None:
+            return True
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if token not in self.state.tokens:
+            self._json(401, {"error": "Invalid credentials", "Code": 10010205002, "Success": False, "Message": "invalid token"})
+        elif writes and token in self.state.readers:
+            self._json(403, {"error": "You may not write here", "Code": 10010205003, "Success": False, "Message": "no permission"})
+        else:
+            return True
+        return False
 
     # Hugging Face
 
@@ -135,7 +154,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(409, {"error": "You already created this model repo", "url": f"{self.state.url}/{full}"})
             return
         self.state.add(full, {})
+        if name.get("private") or name.get("visibility") == "private":
+            self.state.private.add(full)
         self._json(200, {"url": f"{self.state.url}/{full}", "name": full, "id": full})
+
+    def hf_validate(self, *, query: dict[str, str], body: bytes) -> None:
+        """As the hub checks a model card: its head is a YAML mapping, and a licence is an identifier."""
+        import yaml
+
+        asked = json.loads(body)
+        head = yaml.safe_load(asked["content"].split("---")[1])
+        good = isinstance(head, dict) and re.fullmatch("[a-z0-9.-]+", head.get("license", "other"))
+        self._json(200, {"warnings": [], "errors": [] if good else [{"message": "a bad head"}]})
 
     def hf_preupload(self, name: str, revision: str, *, query: dict[str, str], body: bytes) -> None:
         files = [
@@ -145,15 +175,27 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(200, {"files": files})
 
     def lfs_batch(self, name: str, *, query: dict[str, str], body: bytes) -> None:
-        objects = [
-            {"oid": item["oid"], "size": item["size"], "actions": {"upload": {"href": f"{self.state.url}/blob/{item['oid']}"}}}
-            for item in json.loads(body)["objects"]
-        ]
+        objects = [{"oid": item["oid"], "size": item["size"]} | self._upload_of(item["oid"]) for item in json.loads(body)["objects"]]
         self._json(200, {"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"})
 
+    def _upload_of(self, oid: str) -> dict[str, Any]:
+        """Where to put a blob; nothing for one that is there."""
+        return {} if oid in self.state.blobs else {"actions": {"upload": {"href": f"{self.state.url}/blob/{oid}"}}}
+
     def put_blob(self, oid: str, *, query: dict[str, str], body: bytes) -> None:
+        if self.state.broken_uploads:
+            self.state.broken_uploads -= 1
+            self._json(500, {"error": "out of order"})
+            return
+        assert hashlib.sha256(body).hexdigest() == oid
         self.state.blobs[oid] = body
         self._json(200, {})
+
+    def auth_check(self, name: str, *, query: dict[str, str], body: bytes) -> None:
+        if self.state.find("model", name) is None:
+            self._json(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        elif self._may(writes=True):
+            self._json(200, {})
 
     def hf_commit(self, name: str, revision: str, *, query: dict[str, str], body: bytes) -> None:
         import base64
@@ -161,6 +203,8 @@ class _Handler(BaseHTTPRequestHandler):
         files: Files = {}
         for line in body.splitlines():
             item = json.loads(line)
+            if item["key"] == "header":
+                self.state.messages.append(item["value"]["summary"])
             if item["key"] == "file":
                 files[item["value"]["path"]] = base64.b64decode(item["value"]["content"])
             elif item["key"] == "lfsFile":
@@ -200,6 +244,44 @@ class _Handler(BaseHTTPRequestHandler):
         if files is not None:
             path = query["FilePath"]
             self._file(path, files[path], {"ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"'})
+
+    def ms_whoami(self, *, query: dict[str, str], body: bytes) -> None:
+        self._json(200, {"success": True, "data": {"username": "tester"}})
+
+    def ms_repo(self, name: str, *, query: dict[str, str], body: bytes) -> None:
+        if self.state.find("model", name) is None:
+            self._json(404, {"Code": 10010205001, "Success": False, "Message": "record not found"})
+        else:
+            self._json(200, {"Code": 200, "Success": True, "Data": {"Path": name.split("/")[0], "Name": name.split("/")[1]}})
+
+    def ms_create(self, *, query: dict[str, str], body: bytes) -> None:
+        asked = json.loads(body)
+        name = f"{asked['Path']}/{asked['Name']}"
+        if self.state.find("model", name):
+            self._json(400, {"Code": 10010205004, "Success": False, "Message": "it exists"})
+            return
+        self.state.add(name, {}, revision="master")
+        if asked["Visibility"] == 1:
+            self.state.private.add(name)
+        self._json(200, {"Code": 200, "Success": True, "Data": {"Path": asked["Path"], "Name": asked["Name"]}})
+
+    def ms_batch(self, name: str, *, query: dict[str, str], body: bytes) -> None:
+        asked = json.loads(body)["objects"]
+        objects = [{"oid": item["oid"]} | self._upload_of(item["oid"]) for item in asked if item["oid"] not in self.state.blobs]
+        self._json(200, {"Code": 200, "Success": True, "Data": {"objects": objects}})
+
+    def ms_commit(self, name: str, revision: str, *, query: dict[str, str], body: bytes) -> None:
+        import base64
+
+        asked = json.loads(body)
+        self.state.messages.append(asked["commit_message"])
+        known, revisions = self.state.find("model", name) or (name, {})
+        files = {
+            item["path"]: self.state.blobs[item["sha256"]] if item["type"] == "lfs" else base64.b64decode(item["content"])
+            for item in asked["actions"]
+        }
+        self.state.add(known, revisions.get(revision, {}) | files, revision=revision)
+        self._json(200, {"Code": 200, "Success": True, "Data": {}})
 
     def _ms_files(self, kind: str, name: str, revision: str) -> Files | None:
         found = self.state.find(kind.rstrip("s"), name)
@@ -246,7 +328,14 @@ _NAME = "([^/]+/[^/]+)"
 _ROUTES = [
     (rf"/api/v1/{_KIND}/{_NAME}/repo/(?:files|tree)", "ms_list"),
     (rf"/api/v1/{_KIND}/{_NAME}/repo", "ms_file"),
+    ("/openapi/v1/users/me", "ms_whoami"),
+    ("/api/v1/models", "ms_create"),
+    (rf"/(?:api|openapi)/v1/models/{_NAME}", "ms_repo"),
+    (rf"/api/v1/repos/models/{_NAME}/info/lfs/objects/batch", "ms_batch"),
+    (rf"/api/v1/repos/models/{_NAME}/commit/([^/]+)", "ms_commit"),
+    ("/api/validate-yaml", "hf_validate"),
     ("/api/repos/create", "hf_create"),
+    (rf"/api/models/{_NAME}/auth-check/write", "auth_check"),
     ("/api/whoami-v2", "whoami"),
     (rf"/api/{_KIND}/{_NAME}/revision/([^/]+)", "hf_revision"),
     (rf"/api/{_KIND}/{_NAME}/tree/([^/]+)", "hf_tree"),
@@ -256,3 +345,4 @@ _ROUTES = [
     ("/blob/([0-9a-f]+)", "put_blob"),
     (rf"/(?:(datasets)/)?{_NAME}/resolve/([^/]+)/(.+)", "hf_file"),
 ]
+_GUARDED = {"whoami", "ms_whoami", "hf_create", "hf_preupload", "lfs_batch", "hf_commit", "ms_create", "ms_batch", "ms_commit"}

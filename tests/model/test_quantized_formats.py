@@ -1,14 +1,27 @@
 """Checkpoint formats of quantized weights: what is written is read back exactly, and the words are those that others read."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from swift.errors import ModelError
 from swift.model.quantized import FORMATS
 from swift.model.quantized.base import GroupedWeight, ScaledWeight, Settings
-from swift.model.quantized.words import pack, pack_apart, unpack, unpack_apart
+from swift.model.quantized.bnb import from_float
+from swift.model.quantized.words import pack, pack_padded, unpack, unpack_apart, unpack_padded
+from tests.quantize.checkpoints import round_weight
 
-EVERY = [("gptq", bits) for bits in (2, 3, 4, 8)] + [("gptq_v2", bits) for bits in (2, 3, 4, 8)] + [("awq", 4)]
+WIDTHS = (2, 3, 4, 8)
+EVERY = [(name, bits) for name in ("gptq", "gptq_v2", "compressed-tensors") for bits in WIDTHS] + [("awq", 4)]
+SCALED = [
+    ("compressed-tensors", "int8", "channel", "dynamic"),
+    ("compressed-tensors", "int8", "tensor", "static"),
+    ("compressed-tensors", "fp8", "channel", "dynamic"),
+    ("compressed-tensors", "fp8", "tensor", "static"),
+    ("compressed-tensors", "fp8", "block", "dynamic"),
+    ("fp8", "fp8", "block", "dynamic"),
+]
 
 
 def random(*shape, below, least=0, seed=0):
@@ -21,6 +34,11 @@ def grouped(bits, *, symmetric=False, groups=None, outputs=64, inputs=96, count=
     if not symmetric:
         zeros = random(outputs, count, below=2**bits, least=least, seed=1)
     return GroupedWeight(random(outputs, inputs, below=2**bits), scales, zeros, bits, symmetric, groups)
+
+
+def ct(form, **weights):
+    """A quantization_config of compressed-tensors."""
+    return {"format": form, "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
 
 
 def same(one, other):
@@ -47,9 +65,7 @@ def test_values_of_three_bits_lie_across_words():
 
 def test_values_that_lie_apart_leave_two_bits_of_a_word():
     """Ten values of 3 bits a word; the eleventh begins the next."""
-    values = torch.tensor([7] * 10 + [5], dtype=torch.uint8)
-    assert pack_apart(values, 3).tolist() == [2**30 - 1, 5]
-    assert torch.equal(unpack_apart(pack_apart(values, 3), 3, 11), values)
+    assert unpack_apart(torch.tensor([2**30 - 1, 5], dtype=torch.int32), 3, 11).tolist() == [7] * 10 + [5]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
@@ -57,7 +73,7 @@ def test_words_come_back(bits):
     values = random(5, 96, below=2**bits)
     assert pack(values, bits).shape == (5, 3 * bits)
     assert torch.equal(unpack(pack(values, bits), bits), values)
-    assert torch.equal(unpack_apart(pack_apart(values[:, :91], bits), bits, 91), values[:, :91])
+    assert torch.equal(unpack_padded(pack_padded(values[:, :91], bits), bits, 91), values[:, :91])
 
 
 @pytest.mark.parametrize(("name", "bits"), EVERY)
@@ -67,8 +83,54 @@ def test_grouped_weights_come_back(name, bits, symmetric):
     weight = grouped(bits, symmetric=symmetric, least=format.least_zero)
     settings = Settings("gptq", bits, 32, symmetric)
     found = format.write("a.b", weight, settings)
-    same(format.read("a.b", found.__getitem__, settings), weight)
+    same(format.read("a.b", found.__getitem__, format.settings(format.config(settings))), weight)
     assert format.unfit((64, 96), settings) is None
+
+
+@pytest.mark.parametrize(("name", "method", "strategy", "activations"), SCALED)
+def test_scaled_weights_come_back(name, method, strategy, activations):
+    format = FORMATS.get(name)
+    settings = Settings(method, 8, strategy=strategy, activations=activations)
+    weight = round_weight(torch.randn(256, 384, generator=torch.Generator().manual_seed(0)), settings)
+    found = format.read("x", format.write("x", weight, settings).__getitem__, format.settings(format.config(settings)))
+    assert torch.equal(found.codes.view(torch.uint8), weight.codes.view(torch.uint8))
+    assert found.codes.dtype == weight.codes.dtype
+    assert torch.equal(found.scales, weight.scales)
+    assert (found.block, found.input_scale) == (weight.block, pytest.approx(weight.input_scale) if weight.input_scale else None)
+
+
+@pytest.mark.parametrize("extra", [{"quant_type": "nf4", "double_quant": True}, {"quant_type": "fp4", "double_quant": False}, {}])
+def test_what_bitsandbytes_quantized_comes_back(extra):
+    settings = Settings("bnb", 4 if extra else 8, 64 if extra else -1, strategy="group" if extra else "channel", extra=extra)
+    format = FORMATS.get("bnb")
+    weight = from_float(torch.randn(64, 96, generator=torch.Generator().manual_seed(0)), settings)
+    tensors = format.write("x", weight, settings)
+    found = format.read("x", tensors.__getitem__, format.settings(format.config(settings)))
+    assert set(found.tensors) == set(weight.tensors)
+    assert torch.equal(found.dequantize(), weight.dequantize())
+    assert all(name.startswith("x.") for name in tensors)
+
+
+def test_words_of_older_files_of_compressed_tensors_are_read():
+    """Before 0.20 ten values of 3 bits a word."""
+    weight = grouped(3, symmetric=True)
+    format, settings = FORMATS.get("compressed-tensors"), Settings("gptq", 3, 32)
+    tensors = format.write("x", weight, settings)
+    shifted = torch.nn.functional.pad(weight.codes.int(), (0, 4)).unflatten(1, (10, 10)) << (torch.arange(10) * 3)
+    tensors["x.weight_packed"] = shifted.sum(2, dtype=torch.int32)
+    same(format.read("x", tensors.__getitem__, format.settings(format.config(settings))), weight)
+
+
+def test_an_order_of_inputs_in_older_files_of_compressed_tensors_is_read_but_not_written():
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(3)) // 32
+    format, settings = FORMATS.get("compressed-tensors"), Settings("gptq", 4, 32)
+    weight = grouped(4, symmetric=True, groups=order)
+    with pytest.raises(ModelError, match="holds no order of inputs"):
+        format.write("x", weight, settings)
+    tensors = format.write("x", grouped(4, symmetric=True), settings) | {"x.weight_g_idx": order.int()}
+    config = format.config(settings)
+    config["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    same(format.read("x", tensors.__getitem__, format.settings(config)), weight)
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq_v2"])
@@ -118,10 +180,30 @@ def test_zero_points_that_gptqmodel_stored_by_a_borrow_are_read():
         ("gptq_v2", (32, 48), Settings("gptq", 8, 32), "48 inputs are no multiple of groups of 32"),
         ("awq", (12, 64), Settings("awq", 4, 32), "12 outputs are no multiple of 8"),
         ("awq", (8, 40), Settings("awq", 4, 32), "40 inputs are no multiple of groups of 32"),
+        ("compressed-tensors", (8, 40), Settings("gptq", 4, 32), "40 inputs are no multiple of groups of 32"),
+        ("compressed-tensors", (128, 192), Settings("fp8", 8, strategy="block"), "192 inputs are no multiple of blocks of 128"),
+        ("fp8", (200, 64), Settings("fp8", 8, strategy="block"), "200 outputs are no multiple of blocks of 128"),
     ],
 )
 def test_shapes_that_a_format_cannot_hold(name, shape, settings, reason):
     assert reason in FORMATS.get(name).unfit(shape, settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("compressed-tensors", Settings("gptq", 4, 64, False, skipped=("lm_head",), extra={"format": "pack-quantized"})),
+        ("compressed-tensors", Settings("gptq", 8, -1, skipped=("lm_head",), extra={"format": "pack-quantized"})),
+        ("compressed-tensors", Settings("int8", 8, strategy="channel", activations="static", extra={"format": "int-quantized"})),
+        ("compressed-tensors", Settings("fp8", 8, strategy="tensor", activations="dynamic", extra={"format": "float-quantized"})),
+        ("fp8", Settings("fp8", 8, strategy="block", activations="dynamic", skipped=("lm_head",), extra={"block": 128})),
+        ("bnb", Settings("bnb", 4, 64, skipped=("a",), extra={"quant_type": "fp4", "double_quant": True, "compute_dtype": "float16"})),
+        ("bnb", Settings("bnb", 8, strategy="channel", skipped=("lm_head",))),
+    ],
+)
+def test_settings_of_many_kinds_come_back(name, settings):
+    format = FORMATS.get(name)
+    assert format.settings(format.config(settings)) == settings
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq"])
@@ -172,11 +254,49 @@ def test_damaged_tensors_are_refused(name, part, change):
         ("awq", {"bits": 8}, "awq with 8 bits"),
         ("awq", {"bits": 4, "version": "gemv"}, "layout 'gemv' of awq"),
         ("awq", {"bits": 4, "zero_point": False}, "awq without zero points"),
+        ("fp8", {"fmt": "e5m2"}, "fp8 of the kind 'e5m2'"),
+        ("fp8", {"weight_block_size": [1, 128]}, r"fp8 in blocks of \[1, 128\]"),
+        ("fp8", {"activation_scheme": "often"}, "activation_scheme 'often'"),
+        ("bnb", {"quant_method": "bitsandbytes"}, "neither load_in_4bit nor load_in_8bit"),
+        ("bnb", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf3"}, "number format 'nf3'"),
+        ("compressed-tensors", {}, "with no kinds of weights"),
+        ("compressed-tensors", {"transform_config": {"R1": 1}}, "with a transform_config"),
+        ("compressed-tensors", ct("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group"), "of the form nvfp4-pack"),
+        ("compressed-tensors", ct("int-quantized", num_bits=8, symmetric=False, strategy="channel"), "8 bits .int, asymmetric"),
+        ("compressed-tensors", ct("float-quantized", num_bits=8, type="float", strategy="block", block_structure=[1, 128]), "each block"),
     ],
 )
 def test_settings_that_are_not_supported(name, config, message):
     with pytest.raises(ModelError, match=message):
         FORMATS.get(name).settings(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "strategy", "part", "change"),
+    [
+        ("compressed-tensors", "gptq", "group", "weight_packed", lambda t: t[:, :-1]),
+        ("compressed-tensors", "gptq", "group", "weight_packed", lambda t: t[:-1]),
+        ("compressed-tensors", "gptq", "group", "weight_scale", lambda t: t[:, :-1]),
+        ("compressed-tensors", "gptq", "group", "weight_zero_point", lambda t: t[:-1]),
+        ("compressed-tensors", "gptq", "group", "weight_shape", lambda t: t * 2),
+        ("compressed-tensors", "int8", "channel", "weight", lambda t: t.short()),
+        ("compressed-tensors", "int8", "channel", "weight_scale", lambda t: t[:-1]),
+        ("compressed-tensors", "int8", "channel", "input_scale", lambda t: t * 0),
+        ("compressed-tensors", "fp8", "block", "weight_scale", lambda t: t[:, :-1]),
+        ("fp8", "fp8", "block", "weight_scale_inv", lambda t: t * float("nan")),
+        ("fp8", "fp8", "block", "weight", lambda t: t[:-128]),
+    ],
+)
+def test_damaged_tensors_of_other_formats_are_refused(name, method, strategy, part, change):
+    format = FORMATS.get(name)
+    settings = Settings(method, 8 if method != "gptq" else 4, 64, method != "gptq", strategy=strategy, activations="dynamic")
+    if part == "input_scale":
+        settings = replace(settings, activations="static")
+    weight = round_weight(torch.randn(256, 384, generator=torch.Generator().manual_seed(0)), settings)
+    tensors = format.write("layer", weight, settings)
+    tensors[f"layer.{part}"] = change(tensors[f"layer.{part}"])
+    with pytest.raises(ModelError, match=r"^layer: "):
+        format.read("layer", tensors.__getitem__, format.settings(format.config(settings)))
 
 
 def test_what_a_format_does_not_hold_is_refused():

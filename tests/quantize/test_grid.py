@@ -26,6 +26,13 @@ def test_weights_on_a_grid_with_a_zero_point_are_found_exactly():
     assert round_to(weight, scales, zeros, 4).tolist() == [[0, 2, 3, 15]]
 
 
+def test_zero_points_are_never_below_the_least_that_a_format_holds():
+    weight = torch.tensor([[0.0, 4, 15]])
+    assert [part.tolist() for part in find_grid(weight, 4, 3, False)] == [[[1.0]], [[0]]]
+    scales, zeros = find_grid(weight * 14 / 15, 4, 3, False, torch.tensor([1.0, 0, 1]), least_zero=1)
+    assert scales.tolist() == [[1.0]] and zeros.tolist() == [[1]]
+
+
 def test_each_group_has_its_own_scale():
     weight = torch.tensor([[-8.0, 7, -16, 14], [-4.0, 3.5, -32, 28]])
     assert find_grid(weight, 4, 2, True)[0].tolist() == [[1, 2], [0.5, 4]]

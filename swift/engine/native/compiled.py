@@ -27,7 +27,7 @@ SIGNATURES = {
     "rms_norm": (_POINTER, _LONG, _INT, _POINTER, _FLOAT, _POINTER),
     "paged_attention": _ATTENTION,
     "run_program": (_POINTER, _LONG, _LONG, _POINTER),
-    **{f"linear_{format}": _LINEAR for format in ("float32", "float16", "bfloat16", "int8", "int4")},
+    **{f"linear_{format}": _LINEAR for format in ("float32", "float16", "bfloat16", "int8", "int4", "int4_g32", "int4_g64", "int4_g128")},
 }
 
 

@@ -19,7 +19,7 @@ from swift.engine.native.blocks import ROOT, Blocks
 from swift.engine.native.compiled import kernels
 from swift.engine.native.guide import Guides
 from swift.engine.native.ngram import Guesser
-from swift.engine.native.packed import Format
+from swift.engine.native.packed import Format, pack_quantized
 from swift.engine.native.pages import PagedCache
 from swift.engine.native.runner import Runner, paging_fault
 from swift.engine.native.sampler import Chooser, choose, logprobs
@@ -28,6 +28,7 @@ from swift.engine.native.vision import Vision, named, try_vision
 from swift.engine.writer import Writer
 from swift.errors import ConfigError, DataError, MachineError, ModelError
 from swift.model.load import Loaded, end_tokens
+from swift.model.quantized.linear import QuantizedLinear
 
 LOGPROB_ROWS = 64  # of a prompt, whose logits are turned into log-probabilities at once
 
@@ -294,6 +295,7 @@ def make(loaded: Loaded, config: GenerateConfig) -> NativeEngine:
     loaded = _merged(loaded)
     if options.weights is None:
         return NativeEngine(loaded, options)
+    pack_quantized(loaded.model, options.weights)  # first, for the trials that follow
     _copy_what_stays(loaded.model)
     engine = NativeEngine(loaded, options)
     if engine.runner.program is None:
@@ -330,7 +332,7 @@ def _merged(loaded: Loaded) -> Loaded:
 def _weights(loaded: Loaded, wanted: str | None) -> Any:
     if wanted == "torch":
         return None
-    if loaded.device.type != "cpu" or loaded.dtype != torch.float32 or getattr(loaded.model, "is_quantized", False):
+    if loaded.device.type != "cpu" or loaded.dtype != torch.float32 or _is_foreign(loaded.model):
         if wanted is not None:
             kind = f"{str(loaded.dtype).removeprefix('torch.')} on {loaded.device}"
             raise ConfigError(
@@ -345,6 +347,11 @@ def _weights(loaded: Loaded, wanted: str | None) -> Any:
         console.notice(f"{problem}; torch's own kernels are used, which are slower" + (f" ({problem.hint})" if problem.hint else ""))
         return None
     return wanted or "auto"
+
+
+def _is_foreign(model: Any) -> bool:
+    """Whether the weights are in few bits that another package alone can read."""
+    return getattr(model, "is_quantized", False) and not any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
 def _accepted(tokens: List[int], draft: List[int]) -> int:

@@ -7,13 +7,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from swift.engine.native.codes import (
+    INT8_WIDTH,
+    WIDTHS,
+    format_of_codes,
+    in_nibbles,
+    in_pairs,
+    in_panels,
+    out_of_nibbles,
+    out_of_pairs,
+    pack_codes,
+)
 from swift.engine.native.compiled import kernels
 from swift.model.norms import rms_norm_of
+from swift.model.quantized.base import GroupedWeight, ScaledWeight
+from swift.model.quantized.linear import QuantizedLinear
 
 # N outputs, K inputs, P panels of R outputs each, G groups of inputs
 
-Format = Literal["float32", "float16", "bfloat16", "int8", "int4"]
-GROUP = {"int8": 64, "int4": 32}  # inputs that share a scale
+Format = Literal["float32", "float16", "bfloat16", "int8", "int4", "int4_g32", "int4_g64", "int4_g128"]
+GROUP = {"int8": INT8_WIDTH, "int4": 32} | WIDTHS  # inputs that share a scale
 MOST = {"float16": 65504.0}
 
 
@@ -27,14 +40,20 @@ class Packed:
 
 
 class PackedLinear(nn.Module):
-    """y = x W' + b in float32, with W (N, K) in ``format``."""
+    """y = x W' + b in float32, with W (N, K) in ``format``: rounded to it, or the codes of a checkpoint as they are."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, format: Format) -> None:
+    def __init__(self, weight: Tensor | GroupedWeight | ScaledWeight, bias: Tensor | None, format: Format) -> None:
         super().__init__()
         library = kernels()
-        self.out_features, self.in_features = weight.shape
+        width = library.panel_width()
         self.format: Format = format
-        self.packed = pack(weight.detach(), format, library.panel_width())
+        if isinstance(weight, Tensor):
+            self.out_features, self.in_features = weight.shape
+            self.packed = pack(weight.detach(), format, width)
+            self.bytes_before = weight.numel() * weight.element_size()
+        else:
+            self.out_features, self.in_features = weight.codes.shape
+            self.packed = pack_codes(weight, format, width)
         self.bias = None if bias is None else bias.detach().float().contiguous()
         self.function: Callable[..., None] = getattr(library, f"linear_{format}")
         self._weights = self.packed.data_ptr()
@@ -82,72 +101,69 @@ def pack_model(model: Any, format: Format | Literal["auto"]) -> Packed:
     MachineError if there is no compiler.
     """
     kernels()
+    pack_quantized(model, format)
     head = model.get_output_embeddings()
     formats: dict[Format, int] = {}
     before = after = 0
     for parent, name, module in list(_children(model)):
+        linear: PackedLinear | None = module if isinstance(module, PackedLinear) else None
         if (weight := _weight(module)) is not None:
             wanted: Any = "int8" if format == "int4" and module is head else format
-            chosen = _suitable(weight, wanted)
-            linear = PackedLinear(weight, getattr(module, "bias", None), chosen)
-            formats[chosen] = formats.get(chosen, 0) + 1
-            before += weight.numel() * weight.element_size()
-            after += linear.packed.numel() * linear.packed.element_size()
+            linear = PackedLinear(weight, getattr(module, "bias", None), _suitable(weight, wanted))
             setattr(parent, name, linear)
+        if linear is not None:
+            formats[linear.format] = formats.get(linear.format, 0) + 1
+            before += linear.bytes_before
+            after += linear.packed.numel() * linear.packed.element_size()
         elif (found := rms_norm_of(module)) is not None:
             setattr(parent, name, CompiledNorm(*found))
     return Packed(formats, before, after)
 
 
+def pack_quantized(model: Any, format: Format | Literal["auto"]) -> None:
+    """Replace the layers of a quantized checkpoint by compiled ones, which compute much faster.
+
+    A layer keeps its codes, if ``format`` does not ask for other bits; where no kernel holds them exactly it becomes float16,
+    in which others multiply it too.
+    """
+    for parent, name, module in list(_children(model)):
+        if isinstance(module, QuantizedLinear):
+            linear = _of_codes(module, format)
+            linear.bytes_before = sum(part.numel() * part.element_size() for part in module.buffers())
+            setattr(parent, name, linear)
+
+
 def pack(weight: Tensor, format: Format, width: int) -> Tensor:
     """(N, K) in panels of ``width`` outputs, as the kernels read it; see kernels/linear.cpp."""
-    count, inputs = weight.shape
-    panels = -(-count // width)
-    padded = weight.new_zeros(panels * width, inputs)
-    padded[:count] = weight
-    panels_PKR = padded.view(panels, width, inputs).transpose(1, 2)
+    panels_PKR = in_panels(weight, width)
     if format not in GROUP:
         return panels_PKR.to(getattr(torch, format)).contiguous()
     groups_PGKR = panels_PKR.float().unflatten(1, (-1, GROUP[format]))
     if format == "int8":
         scale = groups_PGKR.abs().amax(2, keepdim=True).div_(127).clamp_(min=1e-30).contiguous()
         whole = (groups_PGKR / scale).round_().clamp_(-127, 127).to(torch.int8)
-        return torch.cat([scale.view(torch.int8).flatten(2), _in_pairs(whole).flatten(2)], dim=2)
+        return torch.cat([scale.view(torch.int8).flatten(2), in_pairs(whole).flatten(2)], dim=2)
     scale, least = (part.contiguous() for part in _four_bits(groups_PGKR))
     nibbles = ((groups_PGKR - least.float()) / scale.float()).round_().clamp_(0, 15).to(torch.uint8)
-    pairs = _in_pairs(nibbles).unflatten(2, (-1, 2))
-    both = pairs[:, :, :, 0] | pairs[:, :, :, 1] << 4
     heads = [part.view(torch.uint8).flatten(2) for part in (scale, least)]
-    return torch.cat([*heads, both.flatten(2)], dim=2)
+    return torch.cat([*heads, in_nibbles(nibbles).flatten(2)], dim=2)
 
 
 def unpack(packed: Tensor, format: Format, count: int, inputs: int, width: int) -> Tensor:
-    """(count, inputs) float32 of what ``pack`` made: the weights that the kernels compute with."""
+    """(count, inputs) float32 of what ``pack`` or ``pack_codes`` made: the weights that the kernels compute with."""
     if format not in GROUP:
         return packed.float().transpose(1, 2).reshape(-1, inputs)[:count].contiguous()
     size = GROUP[format]
     if format == "int8":
         scale = packed[:, :, : 4 * width].contiguous().view(torch.float32).unsqueeze(2)
-        groups = _out_of_pairs(packed[:, :, 4 * width :].unflatten(2, (size // 2, width, 2))).float() * scale
+        groups = out_of_pairs(packed[:, :, 4 * width :].unflatten(2, (size // 2, width, 2))).float() * scale
     else:
-        heads = packed[:, :, : 4 * width].contiguous().view(torch.bfloat16).float()
+        head, dtype = (8 * width, torch.float32) if format in WIDTHS else (4 * width, torch.bfloat16)
+        heads = packed[:, :, :head].contiguous().view(dtype).float()
         scale, least = heads.unsqueeze(2).split(width, dim=3)
-        both = packed[:, :, 4 * width :].unflatten(2, (size // 4, width, 2))
-        pairs = torch.stack([both & 15, both >> 4], dim=3).flatten(2, 3)
-        groups = _out_of_pairs(pairs).float() * scale + least
+        groups = out_of_nibbles(packed[:, :, head:].unflatten(2, (size // 4, width, 2))).float() * scale + least
     whole: Tensor = groups.flatten(1, 2)
     return whole.transpose(1, 2).reshape(-1, inputs)[:count].contiguous()
-
-
-def _in_pairs(groups_PGKR: Tensor) -> Tensor:
-    """(P, G, K / 2, R, 2): two inputs of an output side by side."""
-    pairs: Tensor = groups_PGKR.unflatten(2, (-1, 2))
-    return pairs.transpose(3, 4)
-
-
-def _out_of_pairs(pairs: Tensor) -> Tensor:
-    """What ``_in_pairs`` was made of."""
-    return pairs.transpose(3, 4).flatten(2, 3)
 
 
 def _four_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,6 +186,15 @@ def _four_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
             best = torch.where(better, error, best[0]), torch.where(better, scale, best[1]), torch.where(better, least, best[2])
     assert best is not None
     return best[1], best[2]
+
+
+def _of_codes(layer: QuantizedLinear, format: Format | Literal["auto"]) -> PackedLinear:
+    weight = layer.quantized
+    exact: Any = format_of_codes(weight)
+    if exact is not None and (format == "auto" or exact.startswith(format)):
+        return PackedLinear(weight, layer.bias, exact)
+    dense = weight.dequantize()
+    return PackedLinear(dense, layer.bias, _suitable(dense, "float16" if format == "auto" else format))
 
 
 def _suitable(weight: Tensor, format: Format | Literal["auto"]) -> Format:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.export.gguf.write import Checkpoint
-from swift.hub.cache import manifest
-from swift.hub.facts import card_licence
+from swift.hub.facts import licence_of
 from swift.model.artifact import ModelFolder
 
 # {key: name in generation_config.json}
@@ -58,9 +57,3 @@ def generation(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return said if isinstance(said, dict) else {}
-
-
-def licence_of(path: Path) -> str | None:
-    """The licence that the hub told, or that the model's card names."""
-    told = (manifest(path) or {}).get("licence") or card_licence(path / "README.md")
-    return str(told) if told else None

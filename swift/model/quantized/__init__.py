@@ -1,5 +1,7 @@
 """Weights in few bits: what they are (base.py), and the checkpoint formats that hold them, one file each."""
 
+from typing import Any
+
 from swift.registry import Registry
 
 FORMATS = Registry(
@@ -13,3 +15,11 @@ FORMATS = Registry(
         "bnb": "swift.model.quantized.bnb",
     },
 )
+
+
+def format_of(config: dict[str, Any]) -> str | None:
+    """The checkpoint format that a ``quantization_config`` names: a member of FORMATS, or another's name; None without any."""
+    method = config.get("quant_method")
+    if config.get("load_in_4bit") or config.get("load_in_8bit") or method == "bitsandbytes":
+        return "bnb"
+    return str(config.get("checkpoint_format") or config.get("format") or method) if method == "gptq" else method

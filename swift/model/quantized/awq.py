@@ -92,4 +92,5 @@ def _pack(values: Tensor) -> Tensor:
 def _unpack(words: Tensor) -> Tensor:
     """The inverse of ``_pack``."""
     inverse = torch.tensor(ORDER, device=words.device).argsort()
-    return unpack(words, BITS).unflatten(1, (-1, 8))[:, :, inverse].flatten(1).T.contiguous()
+    rows: Tensor = unpack(words, BITS).unflatten(1, (-1, 8))[:, :, inverse]
+    return rows.flatten(1).T.contiguous()

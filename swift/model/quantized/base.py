@@ -34,7 +34,10 @@ class GroupedWeight:
 
     def dequantize(self) -> Tensor:
         """(N, K) float32."""
-        index = self.group_of_inputs()
+        if self.groups is None:
+            parts: Tensor = self.codes.unflatten(1, (self.scales.shape[1], -1)).float()
+            return parts.sub_(self.zeros.float().unsqueeze(2)).mul_(self.scales.float().unsqueeze(2)).flatten(1)
+        index = self.groups.long()
         return (self.codes.float() - self.zeros.float()[:, index]) * self.scales.float()[:, index]
 
 
@@ -60,7 +63,22 @@ class ScaledWeight:
         return self.codes.float() * scales
 
 
-Weight = GroupedWeight | ScaledWeight
+@dataclass(frozen=True)
+class BnbWeight:
+    """W of ``shape`` (N, K) as bitsandbytes holds it: its tensors by the ends of their names in a file."""
+
+    shape: tuple[int, int]
+    bits: int
+    tensors: dict[str, Tensor]
+
+    def dequantize(self) -> Tensor:
+        """(N, K) float32."""
+        from swift.model.quantized.bnb import dequantize
+
+        return dequantize(self)
+
+
+Weight = GroupedWeight | ScaledWeight | BnbWeight
 
 
 @dataclass(frozen=True)

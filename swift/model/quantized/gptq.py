@@ -57,19 +57,20 @@ class GPTQ:
         bits = 32 * words.shape[0] // max(inputs, 1)
         if bits not in BITS or words.shape != (inputs * bits // 32, outputs):
             raise ModelError(f"{name}: qweight {tuple(words.shape)} does not hold {outputs} outputs of {inputs} inputs")
-        zeros = self._zeros(name, tensor(f"{name}.qzeros"), tuple(scales.shape), bits)
+        zeros = self._zeros(name, tensor(f"{name}.qzeros"), scales, bits)
         codes = unpack(words.T.contiguous(), bits)
         return grouped.make(name, codes, scales.T, zeros.T, bits, groups=groups)
 
-    def _zeros(self, name: str, words: Tensor, shape: tuple[int, int], bits: int) -> Tensor:
+    def _zeros(self, name: str, words: Tensor, scales: Tensor, bits: int) -> Tensor:
         """(G, N) uint8."""
-        if words.shape != (shape[0], shape[1] * bits // 32):
-            raise ModelError(f"{name}: qzeros {tuple(words.shape)} do not fit scales {shape}")
+        if words.shape != (scales.shape[0], scales.shape[1] * bits // 32):
+            raise ModelError(f"{name}: qzeros {tuple(words.shape)} do not fit scales {tuple(scales.shape)}")
         if self.least_zero and 8 % bits == 0:
             # One is added to whole words: where a zero point of 0 was stored, gptqmodel borrowed from the next.
             words = words + pack(torch.ones(32 // bits, dtype=torch.uint8, device=words.device), bits)
             return unpack(words, bits)
-        return (unpack(words, bits) + self.least_zero) & (2**bits - 1)
+        zeros: Tensor = (unpack(words, bits) + self.least_zero) & (2**bits - 1)
+        return zeros
 
     def config(self, settings: Settings) -> dict[str, Any]:
         """See WeightFormat. Layers that were left are named in ``dynamic``, which gptqmodel and vLLM read."""

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
@@ -9,14 +10,15 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
     32 values of 3 bits fill 3 words, so that two of them lie across a border. ``n * bits`` is a multiple of 32.
     """
+    count = 8 // bits if 8 % bits == 0 else 8  # values that fill whole bytes
+    parts = values.unflatten(-1, (-1, count))
     if 8 % bits == 0:
-        parts = values.unflatten(-1, (-1, 8 // bits))
-        octets = parts[..., 0].clone()
-        for place in range(1, 8 // bits):
+        octets: Tensor = parts[..., 0].clone()
+        for place in range(1, count):
             octets |= parts[..., place] << (bits * place)
     else:
-        single = (values.unsqueeze(-1) >> _range(bits, values)) & 1
-        octets = (single.flatten(-2).unflatten(-1, (-1, 8)) << _range(8, values)).sum(-1, dtype=torch.uint8)
+        wide = sum(parts[..., place].long() << (bits * place) for place in range(count))
+        octets = torch.stack([(wide >> (8 * place)) & 255 for place in range(bits)], dim=-1).to(torch.uint8).flatten(-2)
     return octets.contiguous().view(torch.int32)
 
 
@@ -25,27 +27,27 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     octets = words.contiguous().view(torch.uint8)
     if bits == 8:
         return octets
+    mask = 2**bits - 1
     if 8 % bits == 0:
-        return ((octets.unsqueeze(-1) >> (_range(8 // bits, octets) * bits)) & (2**bits - 1)).flatten(-2)
-    single = ((octets.unsqueeze(-1) >> _range(8, octets)) & 1).flatten(-2).unflatten(-1, (-1, bits))
-    return (single << _range(bits, octets)).sum(-1, dtype=torch.uint8)
+        return torch.stack([(octets >> shift) & mask for shift in range(0, 8, bits)], dim=-1).flatten(-2)
+    parts = octets.unflatten(-1, (-1, bits))
+    wide = sum(parts[..., place].long() << (8 * place) for place in range(bits))
+    return torch.stack([(wide >> (bits * place)) & mask for place in range(8)], dim=-1).to(torch.uint8).flatten(-2)
 
 
-def pack_apart(values: Tensor, bits: int) -> Tensor:
-    """int32 words (..., ceil(n / p)) with p = 32 // bits values each, and zeros behind the last."""
-    each = 32 // bits
+def pack_padded(values: Tensor, bits: int) -> Tensor:
+    """Words (..., ceil(n * bits / 32)) of any number of values, with zeros behind the last."""
     count = values.shape[-1]
-    padded = values.new_zeros(*values.shape[:-1], -(-count // each) * each, dtype=torch.int64)
-    padded[..., :count] = values
-    words = (padded.unflatten(-1, (-1, each)) << (torch.arange(each, device=values.device) * bits)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    return pack(F.pad(values, (0, -count % 32)), bits)[..., : -(-count * bits // 32)].contiguous()
+
+
+def unpack_padded(words: Tensor, bits: int, count: int) -> Tensor:
+    """The first ``count`` values (..., count) uint8 of what ``pack_padded`` made."""
+    return unpack(F.pad(words, (0, -words.shape[-1] % bits)), bits)[..., :count].contiguous()
 
 
 def unpack_apart(words: Tensor, bits: int, count: int) -> Tensor:
-    """The first ``count`` values (..., count) uint8 of what ``pack_apart`` made."""
+    """The first ``count`` values (..., count) uint8 of words with 32 // bits values each, whose last bits may be free."""
     shifts = torch.arange(32 // bits, device=words.device, dtype=torch.int32) * bits
-    return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(-2)[..., :count].contiguous()
-
-
-def _range(count: int, like: Tensor) -> Tensor:
-    return torch.arange(count, device=like.device, dtype=torch.uint8)
+    values: Tensor = ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8)
+    return values.flatten(-2)[..., :count].contiguous()

@@ -1,8 +1,9 @@
 // out = x W' + bias for weights of 8 or 4 bits, in products of whole numbers.
 //
 // The inputs of a group become whole numbers of 16 bits with one scale, which loses 2^-16 of the largest of them. Their
-// products with the weights of the group are added in 32 bits, exactly: 64 * 127 * 32767 < 2^31. Panels are those of
-// panels.h; within a group two inputs of each output lie side by side, as an instruction that multiplies pairs reads them.
+// products with the weights of the group are added in 32 bits, exactly: 64 * 128 * 32767 and 128 * 15 * 32767 are below 2^31.
+// Panels are those of panels.h; within a group two inputs of each output lie side by side, as an instruction that multiplies
+// pairs reads them.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -22,14 +23,25 @@ struct Int8 {  // weight = scale * byte
   static V least(const char*, int) { return V{}; }
 };
 
-struct Int4 {  // weight = least + scale * nibble; the scales, then the least values
-  static constexpr int group = 32, head = NR * 4, bytes = group * NR / 2, step = 4;
+struct Nibbles {  // weight = least + scale * nibble; the scales, then the least values
+  static constexpr int step = 4;
   static constexpr bool has_least = true;
   static void at(const char* p, int k, Pairs (*w)[2]) {
     for (int i = 0; i < 2; i++) pairs_from_nibbles((const uint8_t*)p + k / 2 * NR + i * 2 * W, w[0][i], w[1][i]);
   }
+};
+
+struct Int4 : Nibbles {  // that weights are rounded to: scales of 16 bits
+  static constexpr int group = 32, head = NR * 4, bytes = group * NR / 2;
   static V scale(const char* p, int i) { return from_bfloat((const uint16_t*)p + i * W); }
   static V least(const char* p, int i) { return from_bfloat((const uint16_t*)p + NR + i * W); }
+};
+
+template <int inputs>
+struct Codes : Nibbles {  // of a checkpoint: scales of 32 bits, which hold its own exactly
+  static constexpr int group = inputs, head = NR * 8, bytes = group * NR / 2;
+  static V scale(const char* p, int i) { return load((const float*)p + i * W); }
+  static V least(const char* p, int i) { return load((const float*)p + NR + i * W); }
 };
 
 // Rows of inputs as whole numbers: (rows, K) of them, and for each group its scale and the sum of what it stands for.
@@ -135,5 +147,8 @@ extern "C" {
 
 void linear_int8(const float* x, long rows, int K, const char* w, const float* b, float* out, long N) { linear<Int8>(x, rows, K, w, b, out, N); }
 void linear_int4(const float* x, long rows, int K, const char* w, const float* b, float* out, long N) { linear<Int4>(x, rows, K, w, b, out, N); }
+void linear_int4_g32(const float* x, long rows, int K, const char* w, const float* b, float* out, long N) { linear<Codes<32>>(x, rows, K, w, b, out, N); }
+void linear_int4_g64(const float* x, long rows, int K, const char* w, const float* b, float* out, long N) { linear<Codes<64>>(x, rows, K, w, b, out, N); }
+void linear_int4_g128(const float* x, long rows, int K, const char* w, const float* b, float* out, long N) { linear<Codes<128>>(x, rows, K, w, b, out, N); }
 
 }

@@ -1,0 +1,80 @@
+"""After GPTQ: codes that the error of all others asks for, and scales of least squares for them.
+
+Both lower tr(D H D'), D the error and H the mean of x x', and neither can raise it but by the rounding of scales to float16.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from swift.model.quantized.base import GroupedWeight
+
+# N outputs, K inputs, G groups of S inputs, C columns of a part
+
+COLUMNS = 64
+ROUNDS = {2: 3, 3: 3}  # more of them gain little with 4 bits, and much with fewer
+RIDGE = 1e-4  # of the diagonal: how strongly a scale that hardly matters stays what it was
+MOST = 2.0  # a scale becomes at most so many times what it was, or so many times less
+
+
+def refine(weight: Tensor, hessian: Tensor, found: GroupedWeight) -> GroupedWeight:
+    """``found`` for ``weight`` (N, K), better for the inputs of ``hessian`` (K, K)."""
+    order = found.group_of_inputs().argsort(stable=True)
+    hessian = hessian[order][:, order].contiguous()
+    weight = weight[:, order]
+    whole = found.codes[:, order].float() - found.zeros.float().repeat_interleave(weight.shape[1] // found.scales.shape[1], 1)
+    scales = found.scales
+    for _ in range(ROUNDS.get(found.bits, 1)):
+        whole = descend(weight, hessian, whole, scales, found)
+        scales = fit_scales(weight, hessian, whole, scales)
+    zeros = found.zeros.float().repeat_interleave(weight.shape[1] // scales.shape[1], 1)
+    codes = (whole + zeros).to(torch.uint8)[:, order.argsort()]
+    return replace(found, codes=codes.contiguous(), scales=scales)
+
+
+def fit_scales(weight: Tensor, hessian: Tensor, whole: Tensor, scales: Tensor) -> Tensor:
+    """Scales (N, G) of least squares for the whole numbers ``whole`` (N, K), in values that float16 holds."""
+    count = scales.shape[1]
+    size = weight.shape[1] // count
+    grouped_NGS = whole.unflatten(1, (count, size))
+    wanted_NG = torch.linalg.vecdot((weight @ hessian).unflatten(1, (count, size)), grouped_NGS)
+    normal_NGG = torch.empty(len(weight), count, count, device=weight.device)
+    for group in range(count):
+        seen = grouped_NGS[:, group] @ hessian[group * size : (group + 1) * size]
+        normal_NGG[:, group] = torch.linalg.vecdot(seen.unflatten(1, (count, size)), grouped_NGS)
+    diagonal = normal_NGG.diagonal(dim1=1, dim2=2)
+    ridge = RIDGE * diagonal + 1e-12
+    wanted_NG += ridge * scales
+    diagonal += ridge
+    fitted, fault = torch.linalg.solve_ex(normal_NGG, wanted_NG)
+    is_near = (fitted > scales / MOST) & (fitted < scales * MOST) & (fault == 0)[:, None]
+    return torch.where(is_near, fitted, scales).half().float()
+
+
+def descend(weight: Tensor, hessian: Tensor, whole: Tensor, scales: Tensor, found: GroupedWeight) -> Tensor:
+    """Whole numbers (N, K): column after column the best for what all other columns are, once."""
+    inputs = weight.shape[1]
+    size = inputs // scales.shape[1]
+    scales_KN = scales.repeat_interleave(size, 1).T.contiguous()
+    zeros_KN = found.zeros.float().repeat_interleave(size, 1).T.contiguous()
+    whole_KN = whole.T.contiguous()
+    most = 2**found.bits - 1
+    # H (W - Q)': what a column gains from moving, before its own curvature.
+    pull_KN = hessian @ (weight.T - whole_KN * scales_KN)
+    curvature = hessian.diagonal().clamp(min=1e-20)
+    for begin in range(0, inputs, COLUMNS):
+        end = min(inputs, begin + COLUMNS)
+        moved_CN = torch.zeros_like(pull_KN[begin:end])
+        within = hessian[begin:end, begin:end]
+        for place in range(begin, end):
+            scale, zero, now = scales_KN[place], zeros_KN[place], whole_KN[place]
+            wanted = (pull_KN[place] / (curvature[place] * scale)).add_(now).round_().add_(zero).clamp_(0, most).sub_(zero)
+            step = torch.sub(wanted, now, out=moved_CN[place - begin]).mul_(scale)
+            whole_KN[place] = wanted
+            if place + 1 < end:
+                pull_KN[place + 1 : end].addr_(within[place - begin, place + 1 - begin :], step, alpha=-1)
+        # Columns before this part are done with.
+        if end < inputs:
+            pull_KN[end:].addmm_(hessian[end:, begin:end], moved_CN, alpha=-1)
+    return whole_KN.T
