@@ -187,7 +187,7 @@ def _numbers(values: Tensor, kind: Any, target: Target) -> Any:
     from gguf.quants import quantize
 
     if not torch.isfinite(values).all():
-        raise ModelError(f"{target.sources[0].name} holds values that are not numbers", hint="the training may have diverged")
+        raise ModelError(f"{target.sources[0].name} holds NaN or infinity", hint="the training may have diverged")
     if kind == GGMLQuantizationType.F16 and values.abs().max() > torch.finfo(torch.float16).max:
         raise ModelError(f"{target.sources[0].name} holds values that are too large for f16", hint="say --gguf_type bf16")
     return np.ascontiguousarray(quantize(values.numpy(), kind)).reshape(-1).view(np.uint8)
