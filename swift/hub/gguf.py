@@ -14,6 +14,7 @@ from swift import console
 from swift.deps import require
 from swift.errors import DependencyError, ModelError, first_line
 from swift.files import machine_error
+from swift.hub import gguf_settings
 
 _ROPE_SCALING = "{arch}.rope.scaling.type"
 
@@ -36,17 +37,45 @@ def convert(source: Path, target: Path) -> dict[str, Any]:
     reader = _open(source)
     names = sorted({tensor.tensor_type.name for tensor in reader.tensors} - {"F32"}) or ["F32"]
     console.say(f"converting {source.name} ({', '.join(names)}) to safetensors", tensors=len(reader.tensors))
-    model, tokenizer = _build(source, reader)
-    tensors = _dequantize(reader, model)
-    _check(source, model, tensors)
+    tokenizer = read_tokenizer(source)
+    model = _empty(source, reader)
+    if length := getattr(model.config, "max_position_embeddings", None):
+        tokenizer.model_max_length = length
+    tensors = _tensors(source, reader, model)
     dtype = _exact_dtype(list(tensors.values()))
     model.load_state_dict({name: value.to(dtype) for name, value in tensors.items()}, strict=False, assign=True)
     model.tie_weights()
     model.config.dtype = dtype
-    with _quiet():
+    with quiet():
         model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return {"licence": _field(reader, "general.license"), "quantized": names}
+
+
+def read_model(source: Path) -> Any:
+    """The model in the GGUF file ``source`` with its dequantized weights in float32. Raises as ``convert``."""
+    import torch
+
+    reader = _open(source)
+    empty = _empty(source, reader)
+    tensors = _tensors(source, reader, empty)
+    with quiet():  # this also computes what is no parameter: rotary frequencies
+        model = type(empty).from_pretrained(None, config=empty.config, state_dict=tensors, dtype=torch.float32)
+    return model.eval()
+
+
+def read_tokenizer(source: Path) -> Any:
+    """The tokenizer that transformers makes of the GGUF file ``source``. Raises as ``convert``."""
+    from transformers import AutoTokenizer
+
+    with _explained(source):
+        return AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+
+
+def _tensors(source: Path, reader: Any, model: Any) -> dict[str, Any]:
+    tensors = _dequantize(reader, model)
+    _check(source, model, tensors)
+    return tensors
 
 
 def _exact_dtype(tensors: list[Any]) -> Any:
@@ -78,36 +107,39 @@ def _open(source: Path) -> Any:
         raise ModelError(f"{source} is not a whole GGUF file: {problem}", hint="fetch the file again") from problem
 
 
-def _build(source: Path, reader: Any) -> tuple[Any, Any]:
-    """The model without weights (on the meta device) and the tokenizer."""
+def _empty(source: Path, reader: Any) -> Any:
+    """The model as the file describes it; its parameters are on the meta device, its buffers are computed."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     arch = _field(reader, "general.architecture")
     _check_architecture(source, arch)
-    try:
+    with _explained(source):
         config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
+        gguf_settings.complete(config, arch, reader)
+        config.pad_token_id = _field(reader, "tokenizer.ggml.padding_token_id")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    except (ValueError, KeyError, NotImplementedError, AttributeError) as problem:
-        raise ModelError(
-            f"{source}: transformers cannot read a GGUF file of architecture {arch!r}: {first_line(problem)}",
-            hint="use the model's original safetensors",
-        ) from problem
-    except ImportError as problem:
-        raise DependencyError(
-            f"reading {source.name} needs a package: {first_line(problem)}", hint="pip install 'swift-llm[gguf]'"
-        ) from problem
     scaling = _field(reader, _ROPE_SCALING.format(arch=arch))
     if scaling not in (None, "none") and (config.rope_parameters or {}).get("rope_type", "default") == "default":
         raise ModelError(f"{source}: its rotary scaling ({scaling}) is lost in the conversion", hint="use the model's original safetensors")
     model.config.name_or_path = ""
     _set_ends(model, reader)
-    length = getattr(config, "max_position_embeddings", None)
-    if length:
-        tokenizer.model_max_length = length
-    return model, tokenizer
+    return model
+
+
+@contextlib.contextmanager
+def _explained(source: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, NotImplementedError, AttributeError) as problem:
+        raise ModelError(
+            f"{source}: transformers cannot read this GGUF file: {first_line(problem)}", hint="use the model's original safetensors"
+        ) from problem
+    except ImportError as problem:
+        raise DependencyError(
+            f"reading {source.name} needs a package: {first_line(problem)}", hint="pip install 'swift-llm[gguf]'"
+        ) from problem
 
 
 def _check_architecture(source: Path, arch: Any) -> None:
@@ -142,6 +174,8 @@ def _dequantize(reader: Any, model: Any) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     parsed = {"tensors": tensors}  # processors of mixture-of-experts models write here themselves
     for tensor in reader.tensors:
+        if tensor.name in gguf_settings.ROPE_TENSORS:
+            continue
         values = dequantize(tensor.data, tensor.tensor_type)
         done = processor.process(weights=values, name=tensor.name, tensor_key_mapping=places, parsed_parameters=parsed)
         if done.name is not None:
@@ -180,7 +214,7 @@ def _check(source: Path, model: Any, tensors: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars of transformers: we say what is going on ourselves."""
     from transformers.utils import logging
 
