@@ -38,7 +38,7 @@ def documents(config: Any, tokenizer: Any, *, calibrates: bool = True) -> Docume
     held: list[list[int]] = []
     kept: list[list[int]] = []
     faults: list[str] = []
-    for record in _records(config):
+    for record in _records(config, has_template=renderer.template is not None):
         if len(held) >= config.quant_eval_samples and len(kept) >= wanted:
             break
         try:
@@ -62,10 +62,10 @@ def documents(config: Any, tokenizer: Any, *, calibrates: bool = True) -> Docume
     return Documents(kept, held)
 
 
-def _records(config: Any) -> list[Record]:
+def _records(config: Any, *, has_template: bool) -> list[Record]:
     """All records, in a seeded order."""
     if not config.dataset:
-        found = _built_in()
+        found = _built_in(has_template=has_template)
     else:
         options = {"use_hf": config.use_hf, "hub_token": config.hub_token, "offline": config.offline}
         options |= {"columns": config.columns, "data_seed": config.data_seed, "system": read_system(config.system)}
@@ -80,12 +80,16 @@ def _records(config: Any) -> list[Record]:
     return found
 
 
-def _built_in() -> list[Record]:
-    """Prose and code of Python's own reference, which every installation holds, and the weather notices in two languages."""
+def _built_in(*, has_template: bool) -> list[Record]:
+    """Prose and code of Python's own reference, which every installation holds, and the weather notices in two languages.
+
+    The notices are conversations: a model without a chat template gets the answers alone.
+    """
     from pydoc_data.topics import topics
 
     prose = [Record([Message("assistant", text)]) for _, text in sorted(topics.items())]
-    return prose + list(load_records(["snow-alerts"], shuffle=False).train)
+    notices = list(load_records(["snow-alerts"], shuffle=False).train)
+    return prose + (notices if has_template else [Record([record.messages[-1]]) for record in notices])
 
 
 def _pieces(record: Record, renderer: Renderer, length: int) -> list[list[int]]:

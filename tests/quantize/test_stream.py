@@ -32,7 +32,7 @@ from swift.quantize.store import Store
 from swift.quantize.tensors import Checkpoint
 from swift.quantize.trial import find_levels
 from tests.families import FAMILIES, build
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import CHATML, make_model, make_tokenizer
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -315,6 +315,16 @@ def test_calibration_and_measuring_share_no_document(tmp_path, rows):
     assert again.held_out == found.held_out
     assert not {tuple(piece[:30]) for piece in found.held_out} & {tuple(piece[:30]) for piece in found.calibration}
     assert found.calibration[0][:3] == load_tokenizer(model)("<|im_start|>user\n").input_ids[:3]  # the chat template
+
+
+@pytest.mark.parametrize("chat_template", [None, CHATML])
+def test_the_built_in_text_serves_models_with_and_without_a_chat_template(chat_template, tmp_path):
+    model = wide(tmp_path / "m", chat_template=chat_template)
+    given = {"model": str(model), "quant_method": "gptq", "quant_n_samples": 40, "quant_eval_samples": 8, "max_length": 64}
+    found = documents(build_config(QuantizeConfig, ("argument", given)), load_tokenizer(model))
+    assert (len(found.calibration), len(found.held_out)) == (40, 8)
+    begins = load_tokenizer(model)("<|im_start|>").input_ids
+    assert any(piece[: len(begins)] == begins for piece in found.calibration) is (chat_template is not None)
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_files(tmp_path, rows):
