@@ -10,6 +10,7 @@ from torch import nn
 from swift import console
 from swift.config.export import ExportConfig
 from swift.errors import ConfigError, ModelError
+from swift.model.load import checkpoint_dtype
 from swift.model.quantized import FORMATS
 from swift.model.quantized.base import Settings, WeightFormat
 from swift.quantize.base import Plan
@@ -31,7 +32,7 @@ def make_plan(skeleton: Skeleton, config: ExportConfig) -> Plan:
         if group_size != config.group_size:
             widths = ", ".join(str(width) for width in sorted({shape[1] for shape in rest.values()}))
             console.notice(f"groups of {group_size} inputs instead of {config.group_size}: the layers have {widths} inputs")
-    settings = _settings(config, group_size)
+    settings = _settings(skeleton, config, group_size)
     form: WeightFormat = FORMATS.get(config.quant_format or "")
     for name, shape in rest.items():
         if group_size > 0 and settings.strategy == "group" and shape[1] % group_size:
@@ -86,17 +87,16 @@ def _asked_for(shapes: dict[str, tuple[int, int]], patterns: list[str]) -> dict[
     return skipped
 
 
-def _settings(config: ExportConfig, group_size: int) -> Settings:
+def _settings(skeleton: Skeleton, config: ExportConfig, group_size: int) -> Settings:
     method = str(config.quant_method)
     bits = int(config.quant_bits or 4)
     if method in ("fp8", "int8"):
         return Settings(method, bits, strategy=str(config.quant_strategy), activations=config.quant_activations)
     if method == "bnb":
-        extra: dict[str, Any] = (
-            {"quant_type": config.bnb_4bit_quant_type, "double_quant": config.bnb_4bit_use_double_quant} if bits == 4 else {}
-        )
-        if config.bnb_4bit_compute_dtype is not None:
-            extra["compute_dtype"] = config.bnb_4bit_compute_dtype
+        stored = str(checkpoint_dtype(skeleton.folder.path)).removeprefix("torch.")
+        extra: dict[str, Any] = {"compute_dtype": config.bnb_4bit_compute_dtype or config.torch_dtype or stored}
+        if bits == 4:
+            extra |= {"quant_type": config.bnb_4bit_quant_type, "double_quant": config.bnb_4bit_use_double_quant}
         return Settings(method, bits, strategy="bnb", extra=extra)
     symmetric = config.sym if method == "gptq" else False
     return Settings(method, bits, group_size, symmetric, desc_act=config.desc_act, extra={"damp_percent": config.damp_percent})
