@@ -47,7 +47,7 @@ class CalibrationConfig(Config):
     system: str | None = opt(None, "system message for rows without one: a text, or a .txt file that holds it")
     max_length: int = opt(512, "tokens of a document of the calibration; longer ones are cut into several", minimum=16)
     quant_n_samples: int = opt(256, "documents to calibrate with", minimum=1)
-    quant_batch_size: int = opt(1, "documents of one forward pass; memory grows with it", minimum=1)
+    quant_batch_size: int | None = opt(None, "documents of one forward pass; by default as many as have some 1,024 tokens", minimum=1)
     quant_eval_samples: int = opt(16, "further documents, which measure what was lost; 0 measures nothing", minimum=0)
     data_seed: int = opt(42, "seed of the choice of documents", minimum=0)
 
