@@ -56,7 +56,7 @@ def test_an_adapter_is_trained_on_quantized_weights_and_answers(name, quantized,
     ids = list(range(5, 25))
     with torch.no_grad():
         wanted = source.loaded.model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-    request = Request(id="a", prompt=tuple(ids), sampling=Sampling(max_new_tokens=1, temperature=0, logprobs=0))
+    request = Request(id="a", prompt=tuple(ids), sampling=Sampling(max_new_tokens=1, temperature=0, logprobs=0, ignore_eos=True))
     (answer,) = answers(make_engine(source), [request])
     assert answer.token_ids == [wanted.argmax()]
     assert answer.logprobs[0].logprob == pytest.approx(wanted.max().item(), abs=2e-3)

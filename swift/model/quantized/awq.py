@@ -54,7 +54,7 @@ def read(name: str, tensor: Callable[[str], Tensor], settings: Settings) -> Grou
 
 
 def config(settings: Settings) -> dict[str, Any]:
-    """See WeightFormat."""
+    """See WeightFormat. Layers that were left are named twice: gptqmodel knows ``dynamic`` alone, vLLM the other."""
     return {
         "quant_method": "awq",
         "bits": BITS,
@@ -62,6 +62,7 @@ def config(settings: Settings) -> dict[str, Any]:
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": list(settings.skipped),
+        "dynamic": grouped.rules(settings.skipped),
     }
 
 

@@ -88,7 +88,7 @@ def config(settings: Settings) -> dict[str, Any]:
         "quant_method": "bitsandbytes",
         "load_in_4bit": settings.bits == 4,
         "load_in_8bit": settings.bits == 8,
-        "llm_int8_skip_modules": list(settings.skipped),
+        "llm_int8_skip_modules": list(settings.skipped) or None,
         "llm_int8_threshold": 6.0,
     }
     if settings.bits == 4:

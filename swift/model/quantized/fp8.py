@@ -49,7 +49,7 @@ def config(settings: Settings) -> dict[str, Any]:
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [scaled.BLOCK, scaled.BLOCK],
-        "modules_to_not_convert": list(settings.skipped),
+        "modules_to_not_convert": list(settings.skipped) or None,
     }
 
 

@@ -85,7 +85,7 @@ class GPTQ:
             "lm_head": False,
             "checkpoint_format": self.name,
             "format": self.name,
-            "dynamic": {f"-:.*{re.escape(name)}$": {} for name in settings.skipped},
+            "dynamic": grouped.rules(settings.skipped),
         }
 
     def settings(self, config: dict[str, Any]) -> Settings:

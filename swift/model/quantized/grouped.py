@@ -1,5 +1,9 @@
 """What the formats of grouped weights share: checks, and how their parts are stored."""
 
+import re
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +18,11 @@ def unfit(inputs: int, settings: Settings) -> str | None:
     if settings.group_size > 0 and inputs % settings.group_size:
         return f"{inputs} inputs are no multiple of groups of {settings.group_size}"
     return None
+
+
+def rules(skipped: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``dynamic`` of a quantization_config, by which gptqmodel and vLLM leave the layers ``skipped`` as they are."""
+    return {f"-:.*{re.escape(name)}$": {} for name in skipped}
 
 
 def of(name: str, weight: Weight) -> GroupedWeight:
