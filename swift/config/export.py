@@ -67,7 +67,9 @@ class QuantizeOptions(Config):
     )
     quant_bits: int | None = opt(None, "bits a weight; by default 4, and 8 with fp8 and int8", minimum=2, maximum=8)
     quant_format: str | None = opt(
-        None, "the checkpoint: gptq, gptq_v2, awq, compressed-tensors, fp8 or bnb; by default the one that is called as the method is"
+        None,
+        "the checkpoint: gptq, gptq_v2, awq, compressed-tensors, fp8 or bnb; by default the one that is called as the method is, "
+        "and gptq_v2 with --sym false",
     )
     group_size: int = opt(
         128, "inputs that share a scale, -1 for all of a row; made smaller where widths are no multiple of it", minimum=-1
@@ -240,8 +242,12 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
         if self.group_size == 0 or (self.group_size > 0 and self.group_size % 8):
             raise ConfigError(f"--group_size takes -1 or a multiple of 8, not {self.group_size}", hint="32, 64 and 128 are usual")
         if self.quant_format is None:
-            by_default = "fp8" if method == "fp8" and self.quant_strategy == "block" else FORMATS[method][0]
-            self.derive("quant_format", by_default, f"--quant_method {method}")
+            by_default, because = FORMATS[method][0], f"--quant_method {method}"
+            if method == "fp8" and self.quant_strategy == "block":
+                by_default, because = "fp8", "--quant_strategy block"
+            elif method == "gptq" and not self.sym:
+                by_default, because = "gptq_v2", "--sym false: loaders differ on the zero points of the first format"
+            self.derive("quant_format", by_default, because)
         if self.quant_format not in FORMATS[method]:
             raise ConfigError(
                 f"--quant_format {self.quant_format} does not hold what --quant_method {method} makes",
@@ -258,6 +264,10 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
             self.refuse_without_effect(("sym", "desc_act", "damp_percent"), f"with --quant_method {method}")
         elif self.group_size == -1:
             self.refuse_without_effect(("desc_act",), "with --group_size -1: a single group has no order")
+        if self.desc_act and self.quant_format == "compressed-tensors":
+            raise ConfigError(
+                "--quant_format compressed-tensors holds no order of inputs", hint="remove --desc_act, or say --quant_format gptq"
+            )
         if method not in ("fp8", "int8"):
             self.refuse_without_effect(("quant_strategy", "quant_activations"), f"with --quant_method {method}")
         elif self.quant_strategy is None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from swift.config.export import ExportConfig
 from swift.errors import ModelError
+from swift.model.quantized import FORMATS
 from swift.model.quantized.base import GroupedWeight, Settings, Weight
 from swift.quantize.base import Inputs
 from swift.quantize.grid import find_grid
@@ -26,15 +27,16 @@ class Gptq:
 
     needs = NEEDS
 
-    def __init__(self, settings: Settings, damp: float) -> None:
+    def __init__(self, settings: Settings, damp: float, least_zero: int = 0) -> None:
         self.settings = settings
         self.damp = damp
+        self.least_zero = least_zero
 
     def quantize(self, layers: dict[str, nn.Linear], inputs: Inputs) -> dict[str, Weight]:
         weights = [layer.weight.detach().float() for layer in layers.values()]
         whole = torch.cat(weights)
         hessian = inputs.hessian if inputs.hessian is not None else torch.eye(whole.shape[1], device=whole.device)
-        found = gptq(whole, hessian, self.settings, self.damp)
+        found = gptq(whole, hessian, self.settings, self.damp, self.least_zero)
         del whole
         made: dict[str, Weight] = {}
         begin = 0
@@ -48,10 +50,10 @@ class Gptq:
 
 
 def make(config: ExportConfig, settings: Settings) -> Gptq:
-    return Gptq(settings, config.damp_percent)
+    return Gptq(settings, config.damp_percent, FORMATS.get(str(config.quant_format)).least_zero)
 
 
-def gptq(weight: Tensor, hessian: Tensor, settings: Settings, damp: float) -> GroupedWeight:
+def gptq(weight: Tensor, hessian: Tensor, settings: Settings, damp: float, least_zero: int = 0) -> GroupedWeight:
     """Codes for ``weight`` (N, K) that keep tr(D H D'), D the error, small, for the mean H (K, K) of x x'."""
     inputs = weight.shape[1]
     size = settings.group_size if settings.group_size > 0 else inputs
@@ -65,10 +67,10 @@ def gptq(weight: Tensor, hessian: Tensor, settings: Settings, damp: float) -> Gr
     ordered = weight[:, order]
     columns = torch.arange(inputs, device=weight.device) // size
     if settings.desc_act:
-        scales, zeros = find_grid(ordered, settings.bits, size, settings.symmetric, weighting[order])
+        scales, zeros = find_grid(ordered, settings.bits, size, settings.symmetric, weighting[order], least_zero=least_zero)
         group_of = columns
     else:
-        scales, zeros = find_grid(weight, settings.bits, size, settings.symmetric, weighting)
+        scales, zeros = find_grid(weight, settings.bits, size, settings.symmetric, weighting, least_zero=least_zero)
         group_of = columns[order]
     codes = round_columns(ordered, factor, scales[:, group_of], zeros[:, group_of].float(), 2**settings.bits - 1)
     back = order.argsort()

@@ -80,6 +80,7 @@ def test_a_command_line_of_ms_swift_is_read(line, expected):
         (f"{GPTQ} --group_size 0", "--group_size takes -1 or a multiple of 8, not 0"),
         (f"{GPTQ} --group_size -1 --desc_act true", "--desc_act has no effect with --group_size -1"),
         (f"{GPTQ} --quant_format awq", "--quant_format awq does not hold what --quant_method gptq makes"),
+        (f"{GPTQ} --desc_act true --quant_format compressed-tensors", "--quant_format compressed-tensors holds no order of inputs"),
         ("--model M --quant_method gptq_v2 --quant_format gptq", "--quant_method gptq_v2 and --quant_format gptq exclude each other"),
         (f"{GPTQ} --quant_skip head (", "--quant_skip (: no regular expression"),
         (f"{GPTQ} --quant_skip --damp_percent 2", "--damp_percent takes 0 to 1, not 2"),
