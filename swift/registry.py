@@ -1,6 +1,6 @@
 """The one registry: names to things, loaded when first used.
 
-A member is a "module:attribute" string (imported on first use), an object given to ``register``,
+A member is a "module:attribute" or "module" string (imported on first use), an object given to ``register``,
 or an entry point of an installed distribution in the group of the registry.
 """
 
@@ -43,7 +43,8 @@ class Registry:
         member = self._members[name]
         if isinstance(member, str):
             module, _, attribute = member.partition(":")
-            member = self._members[name] = getattr(importlib.import_module(module), attribute)
+            found = importlib.import_module(module)
+            member = self._members[name] = getattr(found, attribute) if attribute else found
         return member
 
     def __iter__(self) -> Iterator[str]:

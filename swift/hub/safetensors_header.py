@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,23 @@ DTYPE_BITS = {
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file: its type such as "F32", its shape, and the bytes of the file from ``begin`` to before ``end``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
 def read_header(path: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{tensor: (type such as "F32", shape)} of the file at ``path``.
+    """{tensor: (type such as "F32", shape)} of the file at ``path``; raises what ``read_entries`` does."""
+    return {name: (entry.dtype, entry.shape) for name, entry in read_entries(path).items()}
+
+
+def read_entries(path: str | os.PathLike[str]) -> dict[str, Entry]:
+    """{tensor: where it lies} of the file at ``path``.
 
     Raises ModelError naming the file if it is truncated or corrupt: the header must be whole, each tensor must take the
     bytes that its type and shape need, and the tensors must fill the file without gap or overlap.
@@ -41,7 +57,11 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[int,
         raise _broken(path, "the header is not a JSON object")
     header.pop("__metadata__", None)
     _check_offsets(path, header, size - 8 - header_bytes)
-    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    start = 8 + header_bytes
+    return {
+        name: Entry(entry["dtype"], tuple(entry["shape"]), *(start + place for place in entry["data_offsets"]))
+        for name, entry in header.items()
+    }
 
 
 def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -67,18 +67,15 @@ def _records(config: Any) -> list[Record]:
     if not config.dataset:
         found = _built_in()
     else:
-        loaded = load_records(
-            config.dataset,
-            want="pt",
-            columns=config.columns,
-            data_seed=config.data_seed,
-            shuffle=False,
-            system=read_system(config.system),
-            use_hf=config.use_hf,
-            hub_token=config.hub_token,
-            offline=config.offline,
-        )
-        found = list(loaded.train)
+        options = {"use_hf": config.use_hf, "hub_token": config.hub_token, "offline": config.offline}
+        options |= {"columns": config.columns, "data_seed": config.data_seed, "system": read_system(config.system)}
+        try:
+            found = list(load_records(config.dataset, want="sft", shuffle=False, **options).train)
+        except DataError as problem:
+            try:
+                found = list(load_records(config.dataset, want="pt", shuffle=False, **options).train)  # plain text
+            except DataError:
+                raise problem from None
     random.Random(config.data_seed).shuffle(found)
     return found
 
@@ -88,7 +85,7 @@ def _built_in() -> list[Record]:
     from pydoc_data.topics import topics
 
     prose = [Record([Message("assistant", text)]) for _, text in sorted(topics.items())]
-    return prose + list(load_records(["snow-alerts"], want="pt", shuffle=False).train)
+    return prose + list(load_records(["snow-alerts"], shuffle=False).train)
 
 
 def _pieces(record: Record, renderer: Renderer, length: int) -> list[list[int]]:

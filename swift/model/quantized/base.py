@@ -81,6 +81,12 @@ class Settings:
 class WeightFormat(Protocol):
     """How a checkpoint holds quantized weights. A member is an object with these functions, or a module."""
 
+    markers: tuple[str, ...]
+    """Ends of names of tensors, one of which each quantized layer has and no other."""
+
+    least_zero: int
+    """Least zero point of a grouped weight that it holds: 1 where the file has it less one, else 0."""
+
     def unfit(self, weight_shape: tuple[int, int], settings: Settings) -> str | None:
         """Why a layer of this shape (N, K) cannot be held (its rows or columns do not fill whole words), or None."""
 
