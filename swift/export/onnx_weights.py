@@ -12,13 +12,14 @@ from swift import deps
 from swift.errors import ModelError
 from swift.export.onnx_trace import PREFIX
 from swift.model.traced import Step
+from swift.quantize.grid import find_grid, round_to
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 ALIGNMENT = 64  # bytes, of each tensor in the file
 BLOCK = 32  # weights of a row that share a scale and a zero point
 MICROSOFT = "com.microsoft"
-SHRINKS = torch.linspace(1.0, 0.75, 11)  # of a block's range, tried for the smallest squared error
+ROWS = 1024  # rounded at once
 
 # N outputs, K inputs, V vocabulary, D width of the model, G blocks of a row
 
@@ -167,6 +168,8 @@ class Weight:
         readers = list(old.uses())
         new = self.ir.node(kind, [old], attributes=settings)
         new.outputs[0].name = f"{old.name}_{kind}"
+        new.outputs[0].shape, new.outputs[0].type = old.shape, old.type
+        old.type = self.ir.TensorType(self.ir.DataType.FLOAT16)
         self.graph.insert_after(node, new)
         for use in readers:
             use.node.replace_input_with(use.idx, new.outputs[0])
@@ -189,37 +192,13 @@ def _is_product(node: Any, index: int) -> bool:
 def quantize(rows: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """``rows`` (N, K) as codes (N, G, bytes of a block), scales (N, G) float32 and zero points (N, bytes), low bits first.
 
-    w = (code - zero) * scale, with the range of each block that has the smallest squared error. A last block is filled with zeros.
+    w = (code - zero) * scale. A last block that is not full has zeros at its end.
     """
-    N, K = rows.shape
-    blocks = torch.nn.functional.pad(rows, (0, -K % BLOCK)).reshape(N, -1, BLOCK)
-    codes = torch.empty(blocks.shape, dtype=torch.uint8)
-    scales = torch.empty(blocks.shape[:2])
-    zeros = torch.empty(blocks.shape[:2], dtype=torch.uint8)
-    step = max(1, 2**22 // (blocks.shape[1] * BLOCK))
-    for begin in range(0, N, step):  # some MB at a time, whatever the matrix
-        at = slice(begin, begin + step)
-        codes[at], scales[at], zeros[at] = _quantize_blocks(blocks[at], bits)
+    whole = torch.nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK))
+    scales, zeros = find_grid(whole, bits, BLOCK, symmetric=False)
+    codes = torch.cat([round_to(*parts, bits) for parts in zip(*(part.split(ROWS) for part in (whole, scales, zeros)), strict=True)])
     pack: Callable[[Tensor], Tensor] = _pairs if bits == 4 else (lambda part: part)
-    return pack(codes), scales, pack(zeros)
-
-
-def _quantize_blocks(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    top = 2**bits - 1
-    low, high = blocks.amin(-1, keepdim=True).clamp(max=0), blocks.amax(-1, keepdim=True).clamp(min=0)
-    best: tuple[Tensor, ...] = ()
-    for shrink in SHRINKS if bits == 4 else SHRINKS[:1]:
-        scale = ((high - low) * shrink / top).clamp(min=torch.finfo(torch.float32).tiny)
-        zero = (-low * shrink / scale).round().clamp(0, top)
-        code = (blocks / scale + zero).round().clamp(0, top)
-        error = ((code - zero) * scale - blocks).square().sum(-1, keepdim=True)
-        if not best:
-            best = code, scale, zero, error
-        else:
-            is_better = error < best[3]
-            best = tuple(torch.where(is_better, new, old) for new, old in zip((code, scale, zero, error), best, strict=True))
-    code, scale, zero, _ = best
-    return code.to(torch.uint8), scale[..., 0], zero[..., 0].to(torch.uint8)
+    return pack(codes).reshape(len(rows), scales.shape[1], -1), scales, pack(zeros)
 
 
 def _pairs(codes: Tensor) -> Tensor:
