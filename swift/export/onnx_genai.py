@@ -1,6 +1,6 @@
 """The folder that onnxruntime-genai reads, made by the model builder that comes with it.
 
-That knows the families by name; of a family that it does not know, the traced decoder is written with a configuration of ours.
+That knows families by name, and its float16 runs on GPUs alone; in other cases the traced decoder gets a configuration of ours.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from swift import console, deps
+from swift import deps
 from swift.errors import MachineError, ModelError, first_line
 from swift.files import write_json
 from swift.model.artifact import Artifact, ModelFolder
@@ -23,9 +23,8 @@ from swift.model.tokenizer import load_tokenizer, pad_token_id
 from swift.quantize.measure import Measured, Reference
 
 BUILDER = "onnxruntime_genai.models.builder"
-UNKNOWN = "is not currently supported"  # what it says of a family that it does not know
 CONFIG_FILE = "genai_config.json"
-INT4 = ("algo_config=k_quant", "shared_embeddings=false")
+INT4 = ("algo_config=k_quant",)
 
 
 def check(model: ModelFolder) -> None:
@@ -33,8 +32,10 @@ def check(model: ModelFolder) -> None:
     deps.require("onnxruntime_genai", extra="onnx")
 
 
-def build(model: ModelFolder, precision: str, folder: Path) -> bool:
-    """Let the builder write into ``folder``; False if it does not know the family. ModelError or MachineError if it fails."""
+def build(model: ModelFolder, precision: str, folder: Path) -> str | None:
+    """Let the builder write into ``folder``; what went wrong, if something did, on one line. MachineError if the disk is full."""
+    if precision == "fp16":
+        return "the builder's float16 is for GPUs"
     options = ["hf_token=false", *(INT4 if precision == "int4" else ())]
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as cache:
         words = [sys.executable, "-m", BUILDER, "-i", str(model.path.resolve()), "-o", str(folder), "-p", precision, "-e", "cpu"]
@@ -42,13 +43,11 @@ def build(model: ModelFolder, precision: str, folder: Path) -> bool:
         # A process of its own: its modules have names like "builders", and its memory is given back.
         done = subprocess.run(words, capture_output=True, text=True, errors="replace", env=os.environ | {"HF_HUB_OFFLINE": "1"})
     if done.returncode == 0:
-        return True
-    lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or [f"it ended with {done.returncode}"]
-    if any(UNKNOWN in line for line in lines):
-        return False
+        return None
     if "No space left" in done.stderr:
         raise MachineError(f"{folder}: No space left on device", hint="free some space, or choose another place")
-    raise ModelError(f"onnxruntime-genai's builder cannot write {model.name}: {lines[-1].strip()}", hint="--onnx_layout transformers")
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"it ended with {done.returncode}"]
+    return f"onnxruntime-genai's builder does not write this model ({lines[-1].partition(': ')[2] or lines[-1]})"
 
 
 def write_config(model: ModelFolder, loaded: Any, shapes: list[tuple[int, int]], folder: Path) -> None:
