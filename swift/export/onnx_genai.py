@@ -24,7 +24,7 @@ from swift.quantize.measure import Measured, Reference
 
 BUILDER = "onnxruntime_genai.models.builder"
 CONFIG_FILE = "genai_config.json"
-INT4 = ("algo_config=k_quant",)
+INT4 = ("algo_config=k_quant", "matmul_mixed_precision=last_matmul:int8")  # the head decides most: it keeps 8 bits
 
 
 def check(model: ModelFolder) -> None:

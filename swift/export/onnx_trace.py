@@ -29,7 +29,6 @@ def load(folder: ModelFolder) -> Any:
 
 def trace(model: Any, name: str) -> tuple[Any, list[tuple[int, int]]]:
     """The graph (onnx_ir) of Step, and (heads, width) of keys and values. ModelError if the model cannot be traced."""
-    ir, optimizer = deps.require("onnx_ir", extra="onnx"), deps.require("onnxscript.optimizer", extra="onnx")
     try:
         shapes = traced.probe(model)
         if any(parameter.dim() == 3 for parameter in model.parameters()):
@@ -44,7 +43,7 @@ def trace(model: Any, name: str) -> tuple[Any, list[tuple[int, int]]]:
         value = graph.initializers.pop(key)
         value.const_value = None
         graph.inputs.append(value)
-    optimizer.optimize(made)
+    deps.require("onnxscript.optimizer", extra="onnx").optimize(made)
     deps.require("onnx_ir.passes.common", extra="onnx").RemoveUnusedNodesPass()(made)
     return made, shapes
 
@@ -55,7 +54,7 @@ def _quick(model: Any, shapes: list[tuple[int, int]]) -> Any:
     It makes the nodes that ``_thorough`` makes in a thirtieth of the time, and copies no weights.
     """
     onnx, ir = deps.require("onnx", extra="onnx"), deps.require("onnx_ir", extra="onnx")
-    file = io.BytesIO()
+    file: Any = io.BytesIO()
     inputs, outputs, sizes = _names(shapes)
     options: dict[str, Any] = {"input_names": inputs, "output_names": outputs, "opset_version": OPSET, "dynamic_axes": sizes}
     try:
@@ -88,7 +87,7 @@ def _thorough(model: Any, shapes: list[tuple[int, int]]) -> Any:
     rows, past = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
     options: dict[str, Any] = {"input_names": inputs, "output_names": outputs, "opset_version": OPSET}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    made = torch.onnx.export(
+    made: Any = torch.onnx.export(
         traced.Step(model),
         traced.example(shapes),
         dynamo=True,
@@ -144,5 +143,4 @@ class Trial:
 
     def fault(self, found: Tensor) -> float:
         """Largest difference of logits (2, 16, V) at places that hold tokens, relative to the largest logit; NaN if one is NaN."""
-        seen = self.mask > 0
-        return float((found - self.wanted)[seen].abs().max() / self.wanted.abs().max())
+        return float((found - self.wanted)[self.mask > 0].abs().max() / self.wanted.abs().max())

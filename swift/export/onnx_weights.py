@@ -196,7 +196,8 @@ def quantize(rows: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     whole = torch.nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK))
     scales, zeros = find_grid(whole, bits, BLOCK, symmetric=False)
-    codes = torch.cat([round_to(*parts, bits) for parts in zip(*(part.split(ROWS) for part in (whole, scales, zeros)), strict=True)])
+    chunks = zip(whole.split(ROWS), scales.split(ROWS), zeros.split(ROWS), strict=True)
+    codes = torch.cat([round_to(weight, scale, zero, bits) for weight, scale, zero in chunks])
     pack: Callable[[Tensor], Tensor] = _pairs if bits == 4 else (lambda part: part)
     return pack(codes).reshape(len(rows), scales.shape[1], -1), scales, pack(zeros)
 

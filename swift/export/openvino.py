@@ -2,6 +2,7 @@
 
 import gc
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def verify(artifact: Artifact, reference: Reference, config: ExportConfig) -> Me
         request.reset_state()
         ends = [0, *(end for end in (24, 25) if end < len(piece)), len(piece)]
         found = []
-        for begin, end in zip(ends, ends[1:], strict=False):
+        for begin, end in pairwise(ends):
             request.infer(
                 {
                     "input_ids": np.array([piece[begin:end]]),

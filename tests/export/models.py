@@ -1,11 +1,10 @@
 """Folders of small models, and options of an export."""
 
-from tests.families import build
-from tests.tiny import make_tokenizer
-
 from swift.config.export import ExportConfig
 from swift.model.artifact import ModelFolder
 from swift.quantize.measure import Reference
+from tests.families import build
+from tests.tiny import make_tokenizer
 
 PIECES = [[5, 6, 7, 8, 9, 10, 11, 12] * 5, [3, 20, 40, 60, 80, 100, 120, 140, 160] * 3]
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from tests.export.models import exported, greedy, saved
 
 from swift.engine.openvino import library
 from swift.errors import ModelError
 from swift.export import openvino
+from tests.export.models import exported, greedy, saved
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
