@@ -114,6 +114,14 @@ class ExportFormatConfig(Config):
     tensorrt_llm_quant_algo: str | None = opt(
         None, "weights that trtllm-build rounds to 8 bits (W8A16) or 4 (W4A16); without it they stay in 16", choices=("W8A16", "W4A16")
     )
+    tensorrt_library: str = opt(
+        "tensorrt", "what an engine is for: TensorRT (built on the GPU that will run it), or TensorRT for RTX (built without a GPU too)",
+        choices=("tensorrt", "rtx"),
+    )  # fmt: skip
+    tensorrt_precision: str = opt("fp16", "numbers that a TensorRT engine computes with", choices=("fp32", "fp16", "bf16"))
+    tensorrt_compute_capability: list[str] = opt(
+        [], "GPUs that an engine of TensorRT for RTX is built for, such as 8.6 8.9; by default that of this machine, or all"
+    )
     tensorrt_max_batch_size: int = opt(8, "most texts at once that a TensorRT engine is built for", minimum=1)
     tensorrt_max_input_len: int = opt(1024, "most new tokens of a text at once that a TensorRT engine is built for", minimum=1)
     tensorrt_max_seq_len: int = opt(2048, "longest text in tokens, with what came before, that a TensorRT engine is built for", minimum=2)
@@ -223,11 +231,16 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
             (("gguf_type",), ("gguf", "ollama")),
             (("onnx_layout", "onnx_precision"), ("onnx",)),
             (("openvino_weight_format",), ("openvino",)),
+            (("tensorrt_library", "tensorrt_precision", "tensorrt_compute_capability"), ("tensorrt",)),
             (("tensorrt_tp_size", "tensorrt_pp_size", "tensorrt_llm_quant_algo"), ("tensorrt_llm",)),
             (("tensorrt_max_batch_size", "tensorrt_max_input_len", "tensorrt_max_seq_len"), ("tensorrt", "tensorrt_llm")),
         ):
             if self.to not in targets:
                 self.refuse_without_effect(names, f"without --to {targets[0]}")
+        if self.tensorrt_library != "rtx":
+            self.refuse_without_effect(("tensorrt_compute_capability",), "without --tensorrt_library rtx")
+        if self.to == "tensorrt":
+            self.refuse_without_effect(("torch_dtype",), "with --to tensorrt: --tensorrt_precision says it")
 
     def _check_quantization(self) -> None:
         if self.quant_method == "gptq_v2":
