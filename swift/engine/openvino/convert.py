@@ -7,7 +7,6 @@ compared with torch before it is kept.
 
 import gc
 import hashlib
-import inspect
 import json
 import warnings
 from collections.abc import Iterator
@@ -18,9 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache
 
 from swift import console
 from swift.engine.openvino import library
@@ -28,8 +25,9 @@ from swift.engine.source import Source
 from swift.errors import ModelError
 from swift.files import new_folder, write_json
 from swift.hub.cache import cache_root
+from swift.model import traced
 
-VERSION = 2  # of what is written; part of its name in the cache
+VERSION = 3  # of what is written; part of its name in the cache
 MODEL_FILE = "openvino_model.xml"
 FACTS_FILE = "swift.json"
 ATTENTION = "swift_openvino"
@@ -69,21 +67,30 @@ def _name(source: Source, weight_format: str) -> str:
 
 
 def _convert(source: Source, weight_format: str, path: Path) -> None:
-    ov = library("openvino")
-
     model = source.load(torch_dtype="float32", attn_impl=ATTENTION, device="cpu", merge=True).model
-    shapes, window = _probe(model)
+    shapes, window = probe(model)
+    made = convert(model, shapes, weight_format, source.path.name)
+    with new_folder(path) as folder:
+        save(made, folder, weight_format)
+        write_json(folder / FACTS_FILE, {"values_per_token": sum(heads * width for heads, width in shapes), "window": window})
+
+
+def convert(model: Any, shapes: list[tuple[int, int]], weight_format: str, name: str) -> Any:
+    """``model``, loaded in float32 with ATTENTION, as an OpenVINO model that was compared with it; ModelError if it cannot be."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing: what it takes for constant is constant, as the comparison shows
-        traced = _traced(model, shapes)
-    made = _stateful(traced, shapes)
+        found = _traced(model, shapes)
+    made = _stateful(found, shapes)
     _join(made)
-    _compare(model, made, source.path)
+    _compare(model, made, name)
     if weight_format == "int8":
         _to_int8(made)
-    with new_folder(path) as folder:
-        ov.save_model(made, folder / MODEL_FILE, compress_to_fp16=weight_format == "fp16")
-        write_json(folder / FACTS_FILE, {"values_per_token": sum(heads * width for heads, width in shapes), "window": window})
+    return made
+
+
+def save(made: Any, folder: Path, weight_format: str) -> None:
+    """Write what ``convert`` made into ``folder``; float32 matrices in 16 bits if that is the format."""
+    library("openvino").save_model(made, folder / MODEL_FILE, compress_to_fp16=weight_format == "fp16")
 
 
 def _attention(
@@ -105,83 +112,20 @@ def _attention(
             "OpenVINO's paged attention has neither soft caps nor sinks, which this model needs", hint="--infer_backend native"
         )
     if sliding_window is not None:
-        _WINDOWS.append(sliding_window)
-    repeats = int(query.shape[1]) // int(key.shape[1])
-    if repeats > 1:
-        heads = int(query.shape[1])
-        key, value = (
-            part[:, :, None].expand(-1, -1, repeats, -1, -1).reshape(part.shape[0], heads, -1, part.shape[3]) for part in (key, value)
-        )
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
+        traced.WINDOWS.append(sliding_window)
+    return traced.plain_attention(query, key, value, attention_mask, scaling), None
 
 
-_WINDOWS: list[int] = []  # that layers asked for while a model was probed
 AttentionInterface.register(ATTENTION, _attention)
 
 
-class _Past(Cache):
-    """Keys and values that came before, (B, G, K, d) for each layer in turn; ``present`` has the new ones behind them."""
-
-    def __init__(self, past: tuple[Tensor, ...] = ()) -> None:
-        super().__init__(layers=[])
-        self.past = past
-        self.present: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        pair = key_states, value_states
-        if self.past:
-            before = self.past[2 * layer_idx], self.past[2 * layer_idx + 1]
-            pair = torch.cat([before[0], pair[0]], 2), torch.cat([before[1], pair[1]], 2)
-        self.present[layer_idx] = pair
-        return pair
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return int(self.past[0].shape[2]) if self.past else 0
-
-
-class _Step(nn.Module):
-    """Logits (B, Q, V) of ``input_ids`` (B, Q), and keys and values of all tokens so far (B, G, K, d)."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        columns = torch.arange(attention_mask.shape[1])
-        mask = (columns[None, None, None, :] <= position_ids[:, None, :, None]) & (attention_mask[:, None, None, :] > 0)
-        cache = _Past(past)
-        logits = _forward(self.model, input_ids, mask, position_ids, cache)
-        return logits, *(part for layer in range(len(past) // 2) for part in cache.present[layer])
-
-
-def _forward(model: Any, input_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
-    given = {_cache_argument(model): cache}
-    made = model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=True, **given)
-    logits: Tensor = made.logits
-    return logits
-
-
-def _cache_argument(model: Any) -> str:
-    """What the forward pass calls the cache: transformers 5.24 has another name than the releases before."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-def _probe(model: Any) -> tuple[list[tuple[int, int]], int | None]:
+def probe(model: Any) -> tuple[list[tuple[int, int]], int | None]:
     """(heads, width) of the keys and values of each layer in turn, and the narrowest window. ModelError if layers keep other things."""
-    cache = _Past()
-    _WINDOWS.clear()
-    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool).tril()
     try:
-        with torch.inference_mode():
-            _forward(model, torch.tensor([[5, 6]]), mask, torch.arange(2)[None], cache)
-    except (AttributeError, TypeError, ValueError, RuntimeError) as problem:
-        raise _unfit(f"it does not run with plain keys and values ({problem})") from None
-    layers = model.config.get_text_config().num_hidden_layers
-    if sorted(cache.present) != list(range(layers)):
-        raise _unfit(f"{len(cache.present)} of its {layers} layers keep keys and values")
-    pairs = [part for layer in range(layers) for part in cache.present[layer]]
-    return [(part.shape[1], part.shape[3]) for part in pairs], min(_WINDOWS, default=None)
+        shapes = traced.probe(model)
+    except traced.Untraceable as problem:
+        raise _unfit(str(problem)) from None
+    return shapes, min(traced.WINDOWS, default=None)
 
 
 def _unfit(why: str) -> ModelError:
@@ -191,15 +135,9 @@ def _unfit(why: str) -> ModelError:
 def _traced(model: Any, shapes: list[tuple[int, int]]) -> Any:
     ov = library("openvino")
     try:
-        return ov.convert_model(_Step(model), example_input=_example(shapes))
+        return ov.convert_model(traced.Step(model), example_input=traced.example(shapes))
     except ov.frontend.OpConversionFailure as problem:
         raise _unfit(f"it has no {str(problem).strip().splitlines()[-1].split(': ')[-1]}") from None
-
-
-def _example(shapes: list[tuple[int, int]]) -> tuple[Tensor, ...]:
-    """Two sequences of three tokens that came before and two new ones."""
-    past = [torch.zeros(2, heads, 3, width) for heads, width in shapes]
-    return torch.tensor([[5, 6], [7, 8]]), torch.ones(2, 5, dtype=torch.int64), torch.tensor([[3, 4], [3, 4]]), *past
 
 
 def _stateful(model: Any, shapes: list[tuple[int, int]]) -> Any:
@@ -208,8 +146,7 @@ def _stateful(model: Any, shapes: list[tuple[int, int]]) -> Any:
     op = ov.opset13
     passes = library("openvino._offline_transformations")
 
-    names = [f"past_key_values.{index // 2}.{'value' if index % 2 else 'key'}" for index in range(len(shapes))]
-    presents = [name.replace("past_key_values", "present") for name in names]
+    names, presents = traced.names(shapes)
     plain = ("input_ids", "attention_mask", "position_ids")
     if len(model.inputs) != len(plain) + len(names):
         raise _unfit("its forward does not read positions or mask")
@@ -266,14 +203,14 @@ def _join(model: Any) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def _compare(model: Any, made: Any, path: Path) -> None:
+def _compare(model: Any, made: Any, name: str) -> None:
     """ModelError unless ``made`` gives the logits of ``model`` for 24 tokens and for one after them."""
     ov = library("openvino")
 
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (1, 25), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        wanted = _forward(model, ids, torch.ones(1, 1, 25, 25, dtype=torch.bool).tril(), torch.arange(25)[None], _Past())[0]
+        wanted = traced.forward(model, ids, traced.causal(25, 25)[None, None], torch.arange(25)[None], traced.Past())[0]
     exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
     request = ov.Core().compile_model(made, "CPU", exact).create_infer_request()
     for begin, end in ((0, 24), (24, 25)):
@@ -288,7 +225,7 @@ def _compare(model: Any, made: Any, path: Path) -> None:
         found = torch.from_numpy(request.get_tensor("logits").data[0].copy())
         fault = float((found - wanted[begin:end]).abs().max() / wanted.abs().max())
         if not fault < TOLERANCE:
-            raise _unfit(f"{path.name}: converted, its logits differ by {fault:.1e} of the largest")
+            raise _unfit(f"{name}: converted, its logits differ by {fault:.1e} of the largest")
 
 
 def _matrices(model: Any) -> Iterator[tuple[Any, str]]:
