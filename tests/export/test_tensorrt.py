@@ -18,7 +18,7 @@ from swift.config.export import ExportConfig
 from swift.config.options import build as options
 from swift.errors import ConfigError, DependencyError, MachineError, ModelError
 from swift.export import tensorrt
-from swift.export.finish import whole_folder
+from swift.export.folder import whole_folder
 from swift.export.run import run_export
 from swift.export.tensorrt import build_engine, operators, profiles
 from swift.model.artifact import ModelFolder

@@ -18,7 +18,7 @@ from swift.config.export import ExportConfig
 from swift.config.options import build as options
 from swift.errors import ConfigError, MachineError, ModelError
 from swift.export import tensorrt_llm
-from swift.export.finish import whole_folder
+from swift.export.folder import whole_folder
 from swift.export.run import run_export
 from swift.export.tensorrt_llm.guide import build_arguments
 from swift.export.tensorrt_llm.reference import Interpreter
@@ -165,6 +165,7 @@ for split in sys.argv[4:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("modelopt") is None, reason="nvidia-modelopt is not installed")
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
 def test_ranks_are_those_that_nvidia_modelopt_writes(family, tmp_path):
@@ -187,6 +188,11 @@ def test_ranks_are_those_that_nvidia_modelopt_writes(family, tmp_path):
                 found.pop("lm_head.weight", None)
             assert {name: held.shape for name, held in found.items()} == {name: held.shape for name, held in wanted.items()}
             assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
+
+
+def test_texts_longer_than_the_model_was_made_for_are_compared_too(tmp_path):
+    model = saved("llama", tmp_path / "m", max_position_embeddings=16)
+    assert written(model, tmp_path / "out").largest_difference < 2e-5
 
 
 def test_a_tensor_in_the_wrong_place_shows(tmp_path):
@@ -313,8 +319,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 def test_an_output_that_exists_stays(tmp_path):
     model = saved("llama", tmp_path / "m")
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
     with pytest.raises(ConfigError, match="out exists"):
         run_export(config_of(model.path, output_dir=str(tmp_path / "out")))
+    assert (tmp_path / "out" / "mine").read_text() == "kept"
 
 
 @pytest.mark.parametrize("option", ["tensorrt_tp_size", "tensorrt_pp_size", "tensorrt_max_batch_size"])

@@ -72,7 +72,7 @@ def verify(artifact: Artifact, reference: Reference, config: ExportConfig) -> Me
 
 def _write_onnx(model: ModelFolder, dtype: torch.dtype, folder: Path) -> None:
     """The traced model computing in ``dtype``: TensorRT's networks are strongly typed, so the file says where which is used."""
-    loaded = onnx_trace.load(model.path).to(dtype)
+    loaded = onnx_trace.load(model).to(dtype)
     for name, weight in loaded.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise ModelError(f"{name} holds numbers too large for 16 bits", hint="say --tensorrt_precision bf16; nothing was written")

@@ -131,8 +131,10 @@ class Interpreter:
         cap = config.get("attn_logit_softcapping")
         scores = (scores / cap).tanh() * cap if cap else scores
         windows = (config.get("runtime_defaults") or {}).get("max_attention_window") or [config["max_position_embeddings"]]
+        window = windows[layer % len(windows)]
         ago = torch.arange(len(x))[:, None] - torch.arange(len(x))
-        scores = scores.masked_fill((ago < 0) | (ago >= windows[layer % len(windows)]), -math.inf)
+        unseen = (ago < 0) | (ago >= (window if window < config["max_position_embeddings"] else len(x)))
+        scores = scores.masked_fill(unseen, -math.inf)
         return F.linear((scores.softmax(-1) @ value).transpose(0, 1).flatten(1), weights["attention.dense.weight"])
 
     def _turns(self, tokens: int, layer: int) -> tuple[Tensor, Tensor]:
