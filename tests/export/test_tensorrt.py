@@ -159,7 +159,7 @@ def test_the_script_says_which_package_is_missing(tmp_path):
 def test_a_missing_tensorrt_for_rtx_names_the_extra(tmp_path, monkeypatch):
     for name in ("tensorrt_rtx", "onnxruntime_ep_nv_tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(DependencyError, match="TensorRT for RTX is not installed") as caught:
+    with pytest.raises(DependencyError, match="the package onnxruntime_ep_nv_tensorrt_rtx is not installed") as caught:
         tensorrt.check(ModelFolder(tmp_path, "tiny"), config_of(tmp_path, tensorrt_library="rtx"))
     assert caught.value.hint == "pip install 'swift-llm[tensorrt-rtx]'"
 

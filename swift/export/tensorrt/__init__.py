@@ -10,7 +10,7 @@ import torch
 
 from swift import console, deps
 from swift.config.export import ExportConfig
-from swift.errors import DependencyError, ModelError
+from swift.errors import ModelError
 from swift.export import onnx, onnx_trace, onnx_weights
 from swift.export.sources import copy_around
 from swift.export.tensorrt import build_engine, operators, profiles
@@ -123,12 +123,14 @@ def capabilities(config: ExportConfig, library: Any) -> list[str]:
 
 
 def _library(name: str) -> Any:
-    try:
-        return build_engine.library(name)
-    except ModuleNotFoundError:
-        extra = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}[name]
-        what = "TensorRT for RTX" if name == "rtx" else "TensorRT"
-        raise DependencyError(f"{what} is not installed", hint=f"pip install 'swift-llm[{extra}]'") from None
+    """TensorRT or TensorRT for RTX, or DependencyError."""
+    if not _is_installed(name):
+        if name == "rtx":
+            deps.require("onnxruntime_ep_nv_tensorrt_rtx", extra="tensorrt-rtx")
+            deps.require("tensorrt_rtx_bindings", extra="tensorrt-rtx")
+        else:
+            deps.require("tensorrt", extra="tensorrt")
+    return build_engine.library(name)
 
 
 def _is_installed(name: str) -> bool:

@@ -5,6 +5,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from swift import deps
+
 LIST = Path(__file__).with_name("operators.txt")
 
 
@@ -16,8 +18,7 @@ def known() -> frozenset[str]:
 
 def unknown(path: Path) -> list[str]:
     """Operators of the ONNX file at ``path`` that TensorRT does not know, with the domain of those outside of ONNX."""
-    import onnx
-
+    onnx = deps.require("onnx", extra="onnx")
     model = onnx.load(str(path), load_external_data=False)
     own = {(function.domain, function.name) for function in model.functions}  # written out in the file itself
     used = {(node.domain, node.op_type) for graph in (model.graph, *model.functions) for node in _nodes(graph)}

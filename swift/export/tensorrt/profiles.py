@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from swift import deps
 from swift.config.export import ExportConfig
 from swift.errors import ModelError
 from swift.export.tensorrt.build_engine import ENGINE, ONNX, Profile
@@ -49,8 +50,7 @@ def trtexec_arguments(found: list[Profile]) -> list[str]:
 
 def input_shapes(path: Path) -> dict[str, tuple[int | None, ...]]:
     """{input: shape} of an ONNX file, with None for sizes that vary."""
-    import onnx
-
+    onnx = deps.require("onnx", extra="onnx")
     graph = onnx.load(str(path), load_external_data=False).graph
     weights = {initializer.name for initializer in graph.initializer}
     return {
