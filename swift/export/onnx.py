@@ -32,7 +32,7 @@ def run(model: ModelFolder, config: ExportConfig, folder: Path) -> Artifact:
     """See Exporter."""
     precision, is_genai = config.onnx_precision, config.onnx_layout == "genai"
     loaded = onnx_trace.load(model)
-    trial = onnx_trace.Trial(loaded)
+    trial = onnx_trace.Trial(loaded, model.name)
     problem = onnx_genai.build(model, precision, folder) if is_genai else "traced"
     if is_genai and problem is None:
         problem = _fault(trial, config, folder)
@@ -110,7 +110,8 @@ class Session:
         positions = mask.cumsum(1) - 1 if positions is None else positions
         past_names, _ = names(self._shapes)
         past = {
-            name: np.zeros((len(ids), heads, 0, width), dtype=self._dtype) for name, (heads, width) in zip(past_names, self._shapes, strict=True)
+            name: np.zeros((len(ids), heads, 0, width), dtype=self._dtype)
+            for name, (heads, width) in zip(past_names, self._shapes, strict=True)
         }
         found = []
         for begin, end in parts:

@@ -126,16 +126,20 @@ class Trial:
     parts = ((0, 9), (9, 10), (10, 16))
     skipped = 3
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, name: str) -> None:
         vocabulary = model.get_input_embeddings().weight.shape[0]
         self.ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
         self.mask = torch.ones(2, 16, dtype=torch.int64)
         self.mask[0, : self.skipped] = 0
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        model.set_attn_implementation("eager")
-        with torch.inference_mode():
-            made = model(input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions, use_cache=False)
-        model.set_attn_implementation(traced.ATTENTION)
+        given = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
+        try:
+            model.set_attn_implementation("eager")
+            with torch.inference_mode():
+                made = model(**given, use_cache=False)
+            model.set_attn_implementation(traced.ATTENTION)
+        except (AttributeError, TypeError, ValueError, RuntimeError) as problem:
+            raise ModelError(f"{name} cannot be written as ONNX: it does not run as decoders do ({first_line(problem)})") from None
         self.wanted: Tensor = made.logits.float()
 
     def fault(self, found: Tensor) -> float:

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
+from swift.errors import first_line
+
 # B sequences, Q new tokens, K tokens with those before, H heads, G heads of keys and values, d width of a head, V vocabulary
 
 ATTENTION = "swift_traced"
@@ -66,9 +68,7 @@ def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     repeats = heads // int(key.shape[1])
     if repeats == 1:
         return key, value
-    whole = [
-        part[:, :, None].expand(-1, -1, repeats, -1, -1).reshape(part.shape[0], heads, -1, part.shape[3]) for part in (key, value)
-    ]
+    whole = [part[:, :, None].expand(-1, -1, repeats, -1, -1).reshape(part.shape[0], heads, -1, part.shape[3]) for part in (key, value)]
     return whole[0], whole[1]
 
 
@@ -147,8 +147,8 @@ def probe(model: Any) -> list[tuple[int, int]]:
     try:
         with torch.inference_mode():
             forward(model, torch.tensor([[5, 6]]), causal(2, 2)[None, None], torch.arange(2)[None], cache)
-    except (AttributeError, TypeError, ValueError, RuntimeError) as problem:
-        raise Untraceable(f"it does not run with plain keys and values ({problem})") from None
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as problem:
+        raise Untraceable(f"it does not run with plain keys and values ({first_line(problem)})") from None
     config = model.config.get_text_config()
     layers = config.num_hidden_layers
     if sorted(cache.present) != list(range(layers)):

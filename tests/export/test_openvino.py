@@ -16,7 +16,7 @@ def test_a_folder_answers_in_openvino_genai_as_in_transformers(family, tmp_path)
     assert measured.largest_difference < 1e-4
     assert measured.loader.startswith("openvino 20")
     genai, ov = library("openvino_genai"), library("openvino")
-    pipeline = genai.LLMPipeline(artifact.path, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"})
+    pipeline = genai.LLMPipeline(artifact.path, "CPU", INFERENCE_PRECISION_HINT="f32", KV_CACHE_PRECISION="f32")
     prompt = [5, 60, 7, 90, 200]
     found = pipeline.generate(ov.Tensor(np.array([prompt])), max_new_tokens=20, ignore_eos=True, do_sample=False)
     assert found.tokens[0] == greedy(model, prompt, 20)
@@ -47,7 +47,11 @@ def test_fewer_bits_are_measured(weight_format, bound, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "why"),
-    [("gemma2", "soft caps"), ("mistral", "sees everything, that of this model 4 tokens"), ("mixtral", "OpenVINO cannot compute this model")],
+    [
+        ("gemma2", "soft caps"),
+        ("mistral", "sees everything, that of this model 4 tokens"),
+        ("mixtral", "OpenVINO cannot compute this model"),
+    ],
 )
 def test_what_openvino_would_compute_otherwise_is_refused(family, why, tmp_path):
     with pytest.raises(ModelError, match=why):
