@@ -303,6 +303,9 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
             because = "when merging" if self.merges_only else "when a model or an adapter is uploaded as it is"
             self.refuse_without_effect([*own, "max_kl", "load_data_args"], because)
             return
+        if self.quant_method == "fp8" and self.quant_activations == "dynamic":
+            because = "with --quant_method fp8 and --quant_activations dynamic, which need no calibration"
+            self.refuse_without_effect(("quant_n_samples", "quant_batch_size"), because)
         if self.quant_method in (None, "bnb"):
             because = f"with --to {self.to}" if self.quant_method is None else "with --quant_method bnb"
             self.refuse_without_effect(("quant_n_samples", "quant_batch_size"), f"{because}, which needs no calibration")

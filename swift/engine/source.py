@@ -42,6 +42,7 @@ class Source:
             quantization=self.quantization,
             chat_template=read_template(self.config.chat_template),
             processor=self.processor,
+            dense=merge,
         )
         if self.adapter is None:
             return loaded

@@ -114,22 +114,26 @@ def separate_experts(root: nn.Module, prefix: str, fused: Fused) -> dict[str, st
 def _check(module: nn.Module, names: tuple[str, str, str]) -> None:
     """ModelError unless the fused ``module`` and separate experts compute the same from the same random weights, in a small size."""
     count, width, inner = 4, 8, 4
+    cpu = torch.device("cpu")  # a loader may have made another device the usual one
     generator = torch.Generator().manual_seed(0)
     small: Any = copy.deepcopy(module)
+    if hasattr(small, "config"):
+        small.config = copy.copy(small.config)
+        small.config._experts_implementation = "eager"  # the plain loop over experts, which every precision and device has
     for attribute in ("num_experts", "num_local_experts"):
         if hasattr(small, attribute):
             setattr(small, attribute, count)
-    both, down = (torch.randn(count, *shape, generator=generator) for shape in ((2 * inner, width), (width, inner)))
+    both, down = (torch.randn(count, *shape, generator=generator, device=cpu) for shape in ((2 * inner, width), (width, inner)))
     for name, value in (("gate_up_proj", both), ("down_proj", down)):
         setattr(small, name, nn.Parameter(value, requires_grad=False))
     own = SeparateExperts(Expert(width, inner, small.act_fn, names) for _ in range(count))
     for number, expert in enumerate(own):
         for layer, value in zip(names, (both[number, :inner], both[number, inner:], down[number]), strict=True):
             getattr(expert, layer).weight = nn.Parameter(value, requires_grad=False)
-    hidden = torch.randn(6, width, generator=generator)
-    index = torch.stack([torch.randperm(count, generator=generator)[:2] for _ in range(6)])
-    weights = torch.rand(index.shape, generator=generator)
-    with torch.inference_mode():
+    hidden = torch.randn(6, width, generator=generator, device=cpu)
+    index = torch.stack([torch.randperm(count, generator=generator, device=cpu)[:2] for _ in range(6)])
+    weights = torch.rand(index.shape, generator=generator, device=cpu)
+    with torch.inference_mode(), cpu:
         wanted, found = small(hidden, index, weights), own(hidden, index, weights)
     if not torch.allclose(wanted, found, rtol=1e-4, atol=1e-4):
         raise ModelError("its experts compute otherwise than down(act(gate(x)) * up(x))")

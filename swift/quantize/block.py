@@ -1,13 +1,15 @@
 """One block: its layers are quantized one group after the other, its new tensors written, the text passed on."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from swift.errors import ModelError
-from swift.model.quantized.base import Weight, WeightFormat
+from swift.model.quantized.base import BnbWeight, Settings, Weight, WeightFormat
+from swift.model.quantized.linear import QuantizedLinear
 from swift.quantize.base import Inputs, Plan, Quantizer, ScalingQuantizer
 from swift.quantize.folds import Fold, find_folds
 from swift.quantize.passes import BlockPasses
@@ -18,7 +20,7 @@ from swift.quantize.trial import Group
 TRIAL = 8  # tokens that find out what can take a scale
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """What does not change from block to block."""
 
@@ -32,6 +34,11 @@ class Job:
     trial_calls: dict[tuple[int, int], list[Call]] = field(default_factory=dict)
     known_folds: dict[tuple[tuple[str, ...], ...], list[Fold | None]] = field(default_factory=dict)
     """Of the last block whose groups have these layers."""
+
+    @cached_property
+    def as_read(self) -> Settings:
+        """What a reader of the checkpoint takes from its config.json."""
+        return self.format.settings(self.format.config(self.plan.settings))
 
 
 def one_block(job: Job, index: int, calibration: Stream, original: Stream, quantized: Stream, progress: Progress) -> dict[str, float]:
@@ -55,10 +62,15 @@ def one_block(job: Job, index: int, calibration: Stream, original: Stream, quant
                     layers[name].weight = nn.Parameter(dense, requires_grad=False)
                     made[name] = weight
                 passes.finish(group, layers[group.layers[-1]].weight / scale)  # the inputs that it keeps are those before scaling
-        if job.quantizer.needs and index + 1 < len(job.skeleton):
+        if index + 1 < len(job.skeleton):
             passes.outputs(calibration.next)
     finally:
         passes.close()
+    if job.plan.settings.activations is not None:
+        for name, weight in made.items():
+            assert not isinstance(weight, BnbWeight)  # whose activations are not rounded
+            linear: Any = block.get_submodule(name)
+            block.set_submodule(name, QuantizedLinear(weight, linear.bias, torch.float32, job.plan.settings.activations))
     for batch in quantized.indices():
         quantized.write(batch, job.skeleton.run(block, quantized.read(batch), quantized.call(batch, index)))
     progress.save(index, _tensors(job, index, block, made))
@@ -107,7 +119,7 @@ def _tensors(job: Job, index: int, block: nn.Module, made: dict[str, Weight]) ->
     for name, weight in made.items():
         key = job.skeleton.key_of(index, name)
         written = job.format.write(key, weight, job.plan.settings)
-        if not torch.equal(job.format.read(key, written.__getitem__, job.plan.settings).dequantize(), weight.dequantize()):
+        if not torch.equal(job.format.read(key, written.__getitem__, job.as_read).dequantize(), weight.dequantize()):
             raise ModelError(f"{key}: the format {job.plan.settings.method} does not give back what was put in; this is a bug")
         tensors |= written
     for name, parameter in block.named_parameters():

@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from typing import Any
 
 from torch import nn
 
@@ -91,7 +92,11 @@ def _settings(config: ExportConfig, group_size: int) -> Settings:
     if method in ("fp8", "int8"):
         return Settings(method, bits, strategy=str(config.quant_strategy), activations=config.quant_activations)
     if method == "bnb":
-        extra = {"quant_type": config.bnb_4bit_quant_type, "double_quant": config.bnb_4bit_use_double_quant} if bits == 4 else {}
+        extra: dict[str, Any] = (
+            {"quant_type": config.bnb_4bit_quant_type, "double_quant": config.bnb_4bit_use_double_quant} if bits == 4 else {}
+        )
+        if config.bnb_4bit_compute_dtype is not None:
+            extra["compute_dtype"] = config.bnb_4bit_compute_dtype
         return Settings(method, bits, strategy="bnb", extra=extra)
     symmetric = config.sym if method == "gptq" else False
     return Settings(method, bits, group_size, symmetric, desc_act=config.desc_act, extra={"damp_percent": config.damp_percent})

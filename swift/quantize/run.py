@@ -40,6 +40,7 @@ from swift.quantize.tensors import FLOATS, Checkpoint, assemble, size_in_bytes
 WORK = ".work"  # in the output folder, until it is whole
 SKIPPED_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5"}
 WORST = 8
+NO_TEXT = [list(range(16))]  # finds out which layers there are
 
 
 def quantize(model: ModelFolder, config: ExportConfig, folder: Path) -> tuple[Artifact, Measured, tuple[tuple[str, float], ...]]:
@@ -55,7 +56,7 @@ def quantize(model: ModelFolder, config: ExportConfig, folder: Path) -> tuple[Ar
     progress = Progress(folder / WORK, model, config, plan)
     with torch.inference_mode(), contextlib.ExitStack() as open_streams:
         calibration = Stream(
-            progress, "calibration", batches_of(found.calibration or found.held_out[:1], config.quant_batch_size), skeleton
+            progress, "calibration", batches_of(found.calibration or found.held_out[:1] or NO_TEXT, config.quant_batch_size), skeleton
         )
         held_out = batches_of(found.held_out, 1)
         original, quantized = (Stream(progress, name, held_out, skeleton) for name in ("original", "quantized"))
@@ -109,8 +110,9 @@ def _assemble(job: Job, progress: Progress, config: ExportConfig, folder: Path) 
 
 def _others(job: Job) -> list[str]:
     """Linear layers outside of the blocks, as they are called in the files: the head and whatever else there is."""
-    inside = f"{job.skeleton.place}."
-    names = [name for name, module in job.skeleton.model.named_modules() if type(module) is nn.Linear and not name.startswith(inside)]
-    return [
-        job.skeleton.keys[f"{name}.weight"].removesuffix(".weight") if f"{name}.weight" in job.skeleton.keys else name for name in names
+    skeleton = job.skeleton
+    tied = dict(getattr(skeleton.model, "all_tied_weights_keys", None) or {})  # the file has no weights of that name
+    names = [
+        name for name, module in skeleton.model.named_modules() if type(module) is nn.Linear and not name.startswith(f"{skeleton.place}.")
     ]
+    return [name if f"{name}.weight" in tied else skeleton.keys[f"{name}.weight"].removesuffix(".weight") for name in names]

@@ -14,6 +14,7 @@ from swift.errors import ConfigError, ModelError
 from swift.files import machine_error, reserve, write_json
 from swift.hub.safetensors_header import Entry, num_bytes, read_entries
 from swift.model.artifact import ModelFolder
+from swift.model.finite import is_finite
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -49,7 +50,7 @@ class Checkpoint:
             flat = tensor.view(torch.uint8).view(len(indices), width)
             for begin, end, first in _runs(indices):
                 flat[begin:end] = read_bytes(file, entry.begin + first * width, entry.begin + (first + end - begin) * width).view(-1, width)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        if not is_finite(tensor):
             raise ModelError(f"{file}: tensor {name} holds numbers that are not finite", hint="the model is damaged; nothing was written")
         return tensor
 
@@ -136,7 +137,7 @@ def _write_shard(path: Path, shard: dict[str, Source], casts: dict[str, torch.dt
                 part = part.view(DTYPES[entry.dtype])
                 if name in casts:
                     part = part.to(casts[name])
-                if part.dtype in FLOATS and not bool(torch.isfinite(part).all()):
+                if not is_finite(part):
                     raise ModelError(
                         f"{source}: tensor {name} holds numbers that are not finite, or too large for {header[name]['dtype']}",
                         hint="nothing was written",

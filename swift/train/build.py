@@ -10,9 +10,10 @@ from swift.config.commands import ModelOptions, SftConfig
 from swift.engine.load import quantization
 from swift.errors import ConfigError
 from swift.model.device import choose_device
-from swift.model.load import Loaded, load_model
+from swift.model.load import Loaded, load_model, quantization_of
 from swift.model.noise import add_noise
 from swift.model.policy import packing_fault
+from swift.model.quantized import format_of
 from swift.model.template import read_template
 from swift.train.activations import checkpoint_activations
 from swift.train.compile import check_backend
@@ -24,6 +25,9 @@ def load_for_training(config: SftConfig | ModelOptions, path: Path) -> Loaded:
 
     Weights that are trained themselves are float32 when the step computes in float16: their updates are too small for it.
     """
+    stored = quantization_of(path)
+    if stored:
+        _check_tuner(config, path, str(stored.get("quant_method")))
     if config.use_liger_kernel:
         check_device(choose_device(config.device))
     if config.torch_compile:
@@ -47,7 +51,7 @@ def load_for_training(config: SftConfig | ModelOptions, path: Path) -> Loaded:
     model = loaded.model
     if config.use_liger_kernel:
         use_liger_kernels(model)
-    if config.quant_method is not None:
+    if config.quant_method is not None or format_of(stored) == "bnb":
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -60,6 +64,18 @@ def load_for_training(config: SftConfig | ModelOptions, path: Path) -> Loaded:
     if config.neftune_noise_alpha:
         add_noise(model, config.neftune_noise_alpha)
     return loaded
+
+
+def _check_tuner(config: SftConfig | ModelOptions, path: Path, method: str) -> None:
+    """ConfigError for a tuner that would change the frozen weights of the quantized checkpoint in ``path``."""
+    said = f"the weights of {path} are quantized ({method})"
+    if not config.trains_adapter:
+        raise ConfigError(f"{said}: --tuner_type {config.tuner_type} cannot train them", hint="say --tuner_type lora")
+    if config.takes_from_base or config.init_weights == "loftq":
+        raise ConfigError(
+            f"{said}: --init_weights {config.init_weights} changes the frozen weights, which these cannot follow",
+            hint="say --init_weights true",
+        )
 
 
 def choose_flat(config: SftConfig, model: Any) -> bool:

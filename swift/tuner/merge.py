@@ -73,7 +73,8 @@ def merge(config: MergeConfig) -> Merged:
     if target.exists() and not config.exist_ok:
         raise ConfigError(f"{target} exists", hint="choose another --output_dir, or say --exist_ok true to replace it")
     snapshot = hub.resolve(reference, config.model_revision, use_hf=config.use_hf, token=config.hub_token, offline=config.offline)
-    loaded = load_model(snapshot.path, torch_dtype="float32", device=config.device, chat_template=read_template(config.chat_template))
+    chat_template = read_template(config.chat_template)
+    loaded = load_model(snapshot.path, torch_dtype="float32", device=config.device, chat_template=chat_template, dense=True)
     tuned = with_adapter(loaded.model, folder)
     if not hasattr(tuned, "merge_and_unload"):
         kind = adapter_settings(folder).get("peft_type")

@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from swift.errors import ModelError
 from swift.hub.safetensors_header import read_header
+from swift.model.experts import find_names, separate_experts
 from swift.model.quantized import FORMATS, format_of
 from swift.model.quantized.base import BnbWeight, Settings, WeightFormat
 from swift.model.quantized.linear import QuantizedLinear
@@ -88,13 +89,16 @@ class _Reader(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         known = model.state_dict()
         renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+        layers = _layers(checkpoint_files, self.format.markers)
+        _, fused = find_names(model, [f"{stored}.weight" for stored in layers])
+        separate_experts(model, "", fused)
         modules = dict(model.named_modules())
-        for stored, parts in _layers(checkpoint_files, self.format.markers).items():
+        for stored, parts in layers.items():
             key, _ = rename_source_key(f"{stored}.weight", renamings, [], model.base_model_prefix, known)
             name = key.removesuffix(".weight")
             module = modules.get(name)
             if not isinstance(module, nn.Linear | Conv1D):
-                raise ModelError(f"{stored} is quantized and no linear layer of this model", hint="experts in few bits are not supported")
+                raise ModelError(f"{stored} is quantized and no linear layer of this model", hint="a newer transformers may know it")
             shape = (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
             parts.pop("bias", None)
             model.set_submodule(name, _Held(parts, shape, module.bias))
