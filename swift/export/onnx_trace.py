@@ -61,7 +61,13 @@ def _quick(model: Any, shapes: list[tuple[int, int]]) -> Any:
     try:
         with _silence():  # it prints the graph where it fails
             torch.onnx.export(
-                traced.Step(model), traced.example(shapes, model.dtype), file, dynamo=False, export_params=False, do_constant_folding=False, **options
+                traced.Step(model),
+                traced.example(shapes, model.dtype),
+                file,
+                dynamo=False,
+                export_params=False,
+                do_constant_folding=False,
+                **options,
             )
     except (torch.onnx.OnnxExporterError, AssertionError):
         return None

@@ -76,7 +76,7 @@ def _write_onnx(model: ModelFolder, dtype: torch.dtype, folder: Path) -> None:
     for name, weight in loaded.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise ModelError(f"{name} holds numbers too large for 16 bits", hint="say --tensorrt_precision bf16; nothing was written")
-    trial = onnx_trace.Trial(loaded)  # in torch: onnxruntime on a CPU computes with 32 bits inside, where nothing overflows
+    trial = onnx_trace.Trial(loaded, model.name)  # in torch: onnxruntime on a CPU computes with 32 bits inside, where nothing overflows
     if not bool(torch.isfinite(trial.wanted[trial.mask > 0]).all()):
         raise ModelError(
             f"{model.name} computes numbers too large for {str(dtype).removeprefix('torch.')}",
