@@ -111,6 +111,22 @@ class ExportFormatConfig(Config):
     )
     onnx_precision: str = opt("fp32", "weights of an ONNX model", choices=("fp32", "fp16", "int4"))
     openvino_weight_format: str = opt("fp16", "weights of an OpenVINO model", choices=("fp32", "fp16", "int8"))
+    tensorrt_tp_size: int = opt(1, "GPUs that share each layer of a TensorRT-LLM checkpoint (tensor parallelism)", minimum=1)
+    tensorrt_pp_size: int = opt(1, "groups of GPUs that share its layers (pipeline parallelism)", minimum=1)
+    tensorrt_llm_quant_algo: str | None = opt(
+        None, "weights that trtllm-build rounds to 8 bits (W8A16) or 4 (W4A16); without it they stay in 16", choices=("W8A16", "W4A16")
+    )
+    tensorrt_library: str = opt(
+        "tensorrt", "what an engine is for: TensorRT (built on the GPU that will run it), or TensorRT for RTX (built without a GPU too)",
+        choices=("tensorrt", "rtx"),
+    )  # fmt: skip
+    tensorrt_precision: str = opt("fp16", "numbers that a TensorRT engine computes with", choices=("fp32", "fp16", "bf16"))
+    tensorrt_compute_capability: list[str] = opt(
+        [], "GPUs that an engine of TensorRT for RTX is built for, such as 8.6 8.9; by default that of this machine, or all"
+    )
+    tensorrt_max_batch_size: int = opt(8, "most texts at once that a TensorRT engine is built for", minimum=1)
+    tensorrt_max_input_len: int = opt(1024, "most new tokens of a text at once that a TensorRT engine is built for", minimum=1)
+    tensorrt_max_seq_len: int = opt(2048, "longest text in tokens, with what came before, that a TensorRT engine is built for", minimum=2)
 
 
 @dataclass(kw_only=True)
@@ -217,9 +233,16 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
             (("gguf_type",), ("gguf", "ollama")),
             (("onnx_layout", "onnx_precision"), ("onnx",)),
             (("openvino_weight_format",), ("openvino",)),
+            (("tensorrt_library", "tensorrt_precision", "tensorrt_compute_capability"), ("tensorrt",)),
+            (("tensorrt_tp_size", "tensorrt_pp_size", "tensorrt_llm_quant_algo"), ("tensorrt_llm",)),
+            (("tensorrt_max_batch_size", "tensorrt_max_input_len", "tensorrt_max_seq_len"), ("tensorrt", "tensorrt_llm")),
         ):
             if self.to not in targets:
                 self.refuse_without_effect(names, f"without --to {targets[0]}")
+        if self.tensorrt_library != "rtx":
+            self.refuse_without_effect(("tensorrt_compute_capability",), "without --tensorrt_library rtx")
+        if self.to == "tensorrt":
+            self.refuse_without_effect(("torch_dtype",), "with --to tensorrt: --tensorrt_precision says it")
 
     def _check_quantization(self) -> None:
         if self.quant_method == "gptq_v2":

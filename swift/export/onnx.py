@@ -101,6 +101,7 @@ class Session:
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         self._session = ort.InferenceSession(folder / onnx_weights.MODEL_FILE, options, providers=["CPUExecutionProvider"])
+        self._dtype = np.float16 if self._session.get_inputs()[3].type == "tensor(float16)" else np.float32
         self._shapes = [(value.shape[1], value.shape[3]) for value in self._session.get_inputs()[3:]]
 
     def logits(
@@ -111,7 +112,7 @@ class Session:
         positions = mask.cumsum(1) - 1 if positions is None else positions
         past_names, _ = names(self._shapes)
         past = {
-            name: np.zeros((len(ids), heads, 0, width), dtype=np.float32)
+            name: np.zeros((len(ids), heads, 0, width), dtype=self._dtype)
             for name, (heads, width) in zip(past_names, self._shapes, strict=True)
         }
         found = []

@@ -60,7 +60,13 @@ def _quick(model: Any, shapes: list[tuple[int, int]]) -> Any:
     try:
         with _silence():  # it prints the graph where it fails
             torch.onnx.export(
-                traced.Step(model), traced.example(shapes), file, dynamo=False, export_params=False, do_constant_folding=False, **options
+                traced.Step(model),
+                traced.example(shapes, model.dtype),
+                file,
+                dynamo=False,
+                export_params=False,
+                do_constant_folding=False,
+                **options,
             )
     except (torch.onnx.OnnxExporterError, AssertionError):
         return None
@@ -89,7 +95,7 @@ def _thorough(model: Any, shapes: list[tuple[int, int]]) -> Any:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     made: Any = torch.onnx.export(
         traced.Step(model),
-        traced.example(shapes),
+        traced.example(shapes, model.dtype),
         dynamo=True,
         dynamic_shapes=(rows, rows, rows, tuple(past for _ in shapes)),
         optimize=False,

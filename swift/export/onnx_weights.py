@@ -39,15 +39,18 @@ class WeightFile:
     def add(self, name: str, tensor: Tensor, *, same_bytes: Any = None) -> Any:
         """The value in the graph that holds ``tensor``; at the place of ``same_bytes``, if that is given."""
         kinds = self._ir.DataType
-        kind = {torch.float32: kinds.FLOAT, torch.float16: kinds.FLOAT16, torch.uint8: kinds.UINT8, torch.int64: kinds.INT64}
-        data = np.ascontiguousarray(tensor.numpy())
+        kind = {
+            torch.float32: kinds.FLOAT, torch.float16: kinds.FLOAT16, torch.bfloat16: kinds.BFLOAT16,
+            torch.uint8: kinds.UINT8, torch.int64: kinds.INT64,
+        }  # fmt: skip
+        shape, dtype = self._ir.Shape(tuple(tensor.shape)), kind[tensor.dtype]
+        data = np.ascontiguousarray((tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy())
         if same_bytes is None:
             self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
             offset = self._file.tell()
             self._file.write(data.data)
         else:
             offset = same_bytes.const_value.offset
-        shape, dtype = self._ir.Shape(data.shape), kind[tensor.dtype]
         held = self._ir.ExternalTensor(
             location=DATA_FILE, offset=offset, length=data.nbytes, dtype=dtype, shape=shape, name=name, base_dir=self._folder
         )

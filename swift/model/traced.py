@@ -18,7 +18,6 @@ from swift.errors import first_line
 # B sequences, Q new tokens, K tokens with those before, H heads, G heads of keys and values, d width of a head, V vocabulary
 
 ATTENTION = "swift_traced"
-HIDDEN = torch.finfo(torch.float32).min  # of float32 computation: a row that sees nothing then gives numbers, not NaN
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
@@ -49,7 +48,8 @@ def _attention(
     scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = torch.where(attention_mask, scores, HIDDEN)
+    # Not infinity: a row that sees nothing then gives numbers, not NaN.
+    scores = torch.where(attention_mask, scores, torch.finfo(scores.dtype).min)
     if s_aux is None:
         weights = scores.softmax(-1)
     else:
@@ -172,7 +172,7 @@ def names(shapes: list[tuple[int, int]]) -> tuple[list[str], list[str]]:
     return [f"past_key_values.{kind}" for kind in kinds], [f"present.{kind}" for kind in kinds]
 
 
-def example(shapes: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+def example(shapes: list[tuple[int, int]], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """Arguments of Step: two sequences of three tokens that came before and two new ones."""
-    past = [torch.zeros(2, heads, 3, width) for heads, width in shapes]
+    past = [torch.zeros(2, heads, 3, width, dtype=dtype) for heads, width in shapes]
     return torch.tensor([[5, 6], [7, 8]]), torch.ones(2, 5, dtype=torch.int64), torch.tensor([[3, 4], [3, 4]]), *past
