@@ -28,7 +28,9 @@ def dense(folder: Path) -> dict[str, Tensor]:
             file = Path(scratch) / "dense.safetensors"
             python = PEERS / "llm-compressor" / "bin" / "python"
             command = [python, BENCH / "quantizers.py", "llm-compressor", "dense", folder, file]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=scratch)
+            done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, check=False)
+            if done.returncode != 0:
+                raise SystemExit(f"{folder} cannot be read:\n{done.stderr[-2000:]}")
             return _read([file])
     packed = _read(sorted(folder.glob("*.safetensors")))
     layers = [name.removesuffix("qweight") for name in packed if name.endswith(".qweight")]

@@ -33,6 +33,8 @@ def rounding_error(weight: Tensor, bits: int, group_size: int, *, symmetric: boo
 def left_to_round(model: Path, bits: int, group_size: int) -> dict[str, float]:
     """Means of the model's linear layers in its blocks."""
     weights = [value for name, value in _tensors(model).items() if LINEAR.search(name)]
+    if odd := {weight.shape[1] for weight in weights if weight.shape[1] % group_size}:
+        raise SystemExit(f"--group_size {group_size} does not divide {', '.join(map(str, sorted(odd)))}, widths of {model}")
     return {
         name: sum(rounding_error(weight, bits, group_size, symmetric=symmetric) for weight in weights) / len(weights)
         for name, symmetric in (("symmetric", True), ("asymmetric", False))

@@ -36,7 +36,7 @@ from train import resolve_model
 
 READMES = [str(BENCH.parent / name) for name in ("README.md", "README_zh.md")]
 IMPORTS = "import torch, swift.data.load, swift.export.run, swift.model.load, swift.quantize.run; from transformers import "
-IMPORTS += "AutoModelForCausalLM, AutoTokenizer"
+IMPORTS += "AutoModelForCausalLM, AutoTokenizer, "
 
 Job = dict[str, Any]
 
@@ -79,10 +79,11 @@ def quantize(name: str, job: Job, home: Path, threads: int) -> dict[str, Any]:
     job = {**job, "output": str(home / name / "checkpoint")}
     scratch = home / name
     scratch.mkdir(parents=True)
+    architecture = json.loads((Path(job["model"]) / "config.json").read_text())["architectures"][0]
     if name.startswith("swift"):
-        bare = [sys.executable, "-c", IMPORTS]
+        bare = [sys.executable, "-c", IMPORTS + architecture]
     else:
-        bare = [str(python_of(name)), str(BENCH / "quantizers.py"), name, "imports"]
+        bare = [str(python_of(name)), str(BENCH / "quantizers.py"), name, "imports", architecture]
     empty = run(bare, threads=threads, scratch=scratch / "imports")
     result = run(TOOLS[name](job, scratch), threads=threads, scratch=scratch / "run")
     for tried in (empty, result):
@@ -168,6 +169,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.layers and "--tool" not in sys.argv:
         args.tool = ["swift-gptq"]
+    if args.keep and args.keep.exists():
+        sys.exit(f"{args.keep} exists: --keep makes a new folder")
     for name in args.tool if not args.evaluate else ():
         if not python_of(name).exists():
             sys.exit(f"{name} is not installed: run bench/peers.sh {name.removesuffix('-awq')}")

@@ -1,13 +1,14 @@
 """The quantizers that swift is compared with, each as its documentation writes it down, on token ids that it is given.
 
 python bench/quantizers.py NAME JOB.json      (with the Python of bench/peers/NAME)
-python bench/quantizers.py NAME imports       only imports what a job needs
+python bench/quantizers.py NAME imports ARCHITECTURE       only imports what a job needs, with the class of the model
 python bench/quantizers.py llm-compressor dense FOLDER FILE      a compressed-tensors checkpoint as float32 weights
 
 JOB.json holds model, ids (a file with one JSON list of token ids a line, all equally long), output, bits, group_size, iters.
 What is not said here is the tool's default: order of rounding, dampening, precision of what it computes.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -105,7 +106,7 @@ def write_dense(folder: str, file: str) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", quantization_config=CompressedTensorsConfig(run_compressed=False))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", quantization_config=CompressedTensorsConfig(dequantize=True))
     state = model.state_dict()
     names = {name for name, _ in model.named_parameters() if name.endswith((".weight", ".bias"))}
     save_file({name: value.float().contiguous() for name, value in state.items() if name in names}, file)
@@ -124,5 +125,7 @@ if __name__ == "__main__":
         write_dense(*sys.argv[3:])
         sys.exit()
     run = TOOLS[sys.argv[1]]()
-    if sys.argv[2] != "imports":
+    if sys.argv[2] == "imports":
+        getattr(importlib.import_module("transformers"), sys.argv[3])
+    else:
         run(json.loads(Path(sys.argv[2]).read_text()))
