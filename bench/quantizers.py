@@ -26,11 +26,12 @@ def gptqmodel() -> Callable[[dict[str, Any]], None]:
     os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
     os.environ["GPTQMODEL_TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "cache")  # where peers.sh has it compiled
 
+    import torch
     from gptqmodel import GPTQModel, QuantizeConfig
 
     def work(job: dict[str, Any]) -> None:
         config = QuantizeConfig(bits=job["bits"], group_size=job["group_size"], sym=True)
-        model = GPTQModel.load(job["model"], config, device="cpu")
+        model = GPTQModel.load(job["model"], config, device="cpu", dtype=torch.float32)  # bfloat16 if not told
         model.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in load_ids(job)], batch_size=1)
         model.save(job["output"])
 
