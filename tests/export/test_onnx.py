@@ -12,7 +12,7 @@ import torch
 from swift import hub
 from swift.errors import DependencyError, MachineError, ModelError
 from swift.export import onnx, onnx_genai, onnx_trace, onnx_weights
-from swift.export.finish import whole_folder
+from swift.export.folder import whole_folder
 from swift.model.artifact import ModelFolder
 from swift.quantize.measure import Reference
 from tests.export.models import PIECES, config, exported, greedy, saved
