@@ -87,11 +87,11 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
         damped = hessian.clone()
         damped.diagonal().add_(share * mean)
         damped.diagonal()[hessian.diagonal() == 0] = mean
-        lower, fault = torch.linalg.cholesky_ex(damped)
+        # Of the matrix read from its end the factor is R' with H = R R', R upper triangular; U is the inverse of R.
+        lower, fault = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if fault == 0:
-            upper: Tensor
-            upper, fault = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if fault == 0 and bool(torch.isfinite(upper).all()):
+            upper: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(damped), device=damped.device), upper=True)
+            if bool(torch.isfinite(upper).all()):
                 return upper
     raise ModelError("the inputs of a layer cannot be told apart (no Cholesky factor)", hint="calibrate with more data: --quant_n_samples")
 
@@ -104,14 +104,16 @@ def round_columns(weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor,
     codes_KN = torch.empty_like(rest_KN, dtype=torch.uint8)
     scales_KN, zeros_KN = scales.T.contiguous(), zeros.T.contiguous()
     inputs = len(rest_KN)
+    pivots = factor.diagonal().tolist()
+    columns = list(zip(rest_KN.unbind(), scales_KN.unbind(), zeros_KN.unbind(), codes_KN.unbind(), pivots, strict=True))
     for begin in range(0, inputs, COLUMNS):
         end = min(inputs, begin + COLUMNS)
         errors_CN = torch.empty_like(rest_KN[begin:end])
-        for place in range(begin, end):
-            column, scale, zero = rest_KN[place], scales_KN[place], zeros_KN[place]
-            whole = (column / scale).add_(zero).round_().clamp_(0, most)
-            codes_KN[place] = whole
-            error = torch.sub(column, whole.sub_(zero).mul_(scale), out=errors_CN[place - begin]).div_(factor[place, place])
+        for place, into in zip(range(begin, end), errors_CN.unbind(), strict=True):
+            column, scale, zero, code, pivot = columns[place]
+            whole = torch.div(column, scale).add_(zero).round_().clamp_(0, most)
+            code.copy_(whole)
+            error = torch.sub(column, whole.sub_(zero).mul_(scale), out=into).div_(pivot)
             if place + 1 < end:
                 rest_KN[place + 1 : end].addr_(factor[place, place + 1 : end], error, alpha=-1)
         if end < inputs:

@@ -136,7 +136,7 @@ class BlockPasses:
         for index in range(len(self.batches)):
             x = store.read(index).to(weight.device)
             out.write(index, nn.functional.linear(x, weight, layer.bias))
-        store.close(remove=True)
+        store.close()
         self.kept[group.child or ""] = out
 
     def outputs(self, into: Store) -> None:
@@ -146,8 +146,9 @@ class BlockPasses:
                 into.write(index, self._run(self.hidden.read(index), self.calls[batch.shape]))
 
     def close(self) -> None:
+        """The files stay: the next block writes into the same places, which the system has at hand."""
         for store in self.kept.values():
-            store.close(remove=True)
+            store.close()
         self.kept.clear()
 
     def _run(self, hidden: Tensor, call: Call) -> Tensor:

@@ -20,26 +20,28 @@ MOST = 2.0  # a scale becomes at most so many times what it was, or so many time
 
 def refine(weight: Tensor, hessian: Tensor, found: GroupedWeight) -> GroupedWeight:
     """``found`` for ``weight`` (N, K), better for the inputs of ``hessian`` (K, K)."""
-    order = found.group_of_inputs().argsort(stable=True)
-    hessian = hessian[order][:, order].contiguous()
-    weight = weight[:, order]
-    whole = found.codes[:, order].float() - found.zeros.float().repeat_interleave(weight.shape[1] // found.scales.shape[1], 1)
+    order = None if found.groups is None else found.group_of_inputs().argsort(stable=True)
+    codes = found.codes
+    if order is not None:
+        hessian, weight, codes = hessian[order][:, order].contiguous(), weight[:, order], codes[:, order]
+    wanted = weight @ hessian
+    whole = codes.float() - found.zeros.float().repeat_interleave(weight.shape[1] // found.scales.shape[1], 1)
     scales = found.scales
     for _ in range(ROUNDS.get(found.bits, 1)):
-        whole = descend(weight, hessian, whole, scales, found)
-        scales = fit_scales(weight, hessian, whole, scales)
+        whole = descend(wanted, hessian, whole, scales, found)
+        scales = fit_scales(wanted, hessian, whole, scales)
     zeros = found.zeros.float().repeat_interleave(weight.shape[1] // scales.shape[1], 1)
-    codes = (whole + zeros).to(torch.uint8)[:, order.argsort()]
-    return replace(found, codes=codes.contiguous(), scales=scales)
+    codes = (whole + zeros).to(torch.uint8)
+    return replace(found, codes=(codes if order is None else codes[:, order.argsort()]).contiguous(), scales=scales)
 
 
-def fit_scales(weight: Tensor, hessian: Tensor, whole: Tensor, scales: Tensor) -> Tensor:
-    """Scales (N, G) of least squares for the whole numbers ``whole`` (N, K), in values that float16 holds."""
+def fit_scales(wanted: Tensor, hessian: Tensor, whole: Tensor, scales: Tensor) -> Tensor:
+    """Scales (N, G) of least squares for the whole numbers ``whole`` (N, K), in values that float16 holds; ``wanted`` is W H."""
     count = scales.shape[1]
-    size = weight.shape[1] // count
+    size = whole.shape[1] // count
     grouped_NGS = whole.unflatten(1, (count, size))
-    wanted_NG = torch.linalg.vecdot((weight @ hessian).unflatten(1, (count, size)), grouped_NGS)
-    normal_NGG = torch.empty(len(weight), count, count, device=weight.device)
+    wanted_NG = torch.linalg.vecdot(wanted.unflatten(1, (count, size)), grouped_NGS)
+    normal_NGG = torch.empty(len(whole), count, count, device=whole.device)
     for group in range(count):
         seen = grouped_NGS[:, group] @ hessian[group * size : (group + 1) * size]
         normal_NGG[:, group] = torch.linalg.vecdot(seen.unflatten(1, (count, size)), grouped_NGS)
@@ -52,26 +54,27 @@ def fit_scales(weight: Tensor, hessian: Tensor, whole: Tensor, scales: Tensor) -
     return torch.where(is_near, fitted, scales).half().float()
 
 
-def descend(weight: Tensor, hessian: Tensor, whole: Tensor, scales: Tensor, found: GroupedWeight) -> Tensor:
-    """Whole numbers (N, K): column after column the best for what all other columns are, once."""
-    inputs = weight.shape[1]
+def descend(wanted: Tensor, hessian: Tensor, whole: Tensor, scales: Tensor, found: GroupedWeight) -> Tensor:
+    """Whole numbers (N, K): column after column the best for what all other columns are, once; ``wanted`` is W H."""
+    inputs = whole.shape[1]
     size = inputs // scales.shape[1]
     scales_KN = scales.repeat_interleave(size, 1).T.contiguous()
     zeros_KN = found.zeros.float().repeat_interleave(size, 1).T.contiguous()
     whole_KN = whole.T.contiguous()
     most = 2**found.bits - 1
     # H (W - Q)': what a column gains from moving, before its own curvature.
-    pull_KN = hessian @ (weight.T - whole_KN * scales_KN)
-    curvature = hessian.diagonal().clamp(min=1e-20)
+    pull_KN = torch.addmm(wanted.T, hessian, whole_KN * scales_KN, alpha=-1)
+    curvature = hessian.diagonal().clamp(min=1e-20).tolist()
+    columns = list(zip(pull_KN.unbind(), scales_KN.unbind(), zeros_KN.unbind(), whole_KN.unbind(), curvature, strict=True))
     for begin in range(0, inputs, COLUMNS):
         end = min(inputs, begin + COLUMNS)
         moved_CN = torch.zeros_like(pull_KN[begin:end])
         within = hessian[begin:end, begin:end]
-        for place in range(begin, end):
-            scale, zero, now = scales_KN[place], zeros_KN[place], whole_KN[place]
-            wanted = (pull_KN[place] / (curvature[place] * scale)).add_(now).round_().add_(zero).clamp_(0, most).sub_(zero)
-            step = torch.sub(wanted, now, out=moved_CN[place - begin]).mul_(scale)
-            whole_KN[place] = wanted
+        for place, into in zip(range(begin, end), moved_CN.unbind(), strict=True):
+            pull, scale, zero, now, curved = columns[place]
+            best = torch.div(pull, scale).div_(curved).add_(now).round_().add_(zero).clamp_(0, most).sub_(zero)
+            step = torch.sub(best, now, out=into).mul_(scale)
+            now.copy_(best)
             if place + 1 < end:
                 pull_KN[place + 1 : end].addr_(within[place - begin, place + 1 - begin :], step, alpha=-1)
         # Columns before this part are done with.

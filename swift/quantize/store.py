@@ -9,7 +9,7 @@ from torch import Tensor
 
 from swift.files import reserve
 
-MOST = 2.0**15  # in float16, which holds 65504
+LEAST, MOST = 0.25, 2.0**15  # float16 holds 65504, and 11 bits of what is above 6e-5
 
 
 class Store:
@@ -35,8 +35,11 @@ class Store:
     def write(self, index: int, tensor: Tensor) -> None:
         tensor = tensor.detach().cpu()
         if self.dtype == torch.float16:
-            self._scales[index] = 2.0 ** math.ceil(math.log2(max(float(tensor.abs().max()), 1e-30) / MOST))
-            tensor = tensor / self._scales[index]
+            low, high = torch.aminmax(tensor)
+            largest = max(-float(low), float(high), 1e-30)
+            if not LEAST < largest < MOST:
+                self._scales[index] = 2.0 ** math.ceil(math.log2(largest / MOST))
+                tensor = tensor / self._scales[index]
         stored = tensor.to(self.dtype).contiguous()
         if stored.numel() * self._width > self._places[index + 1] - self._places[index]:
             raise ValueError(f"batch {index} has {stored.numel()} numbers, more than its place holds")
@@ -59,12 +62,11 @@ class Store:
             if not count:
                 raise EOFError(f"{self.path} is too short")
             view, place = view[count:], place + count
-        return tensor.float().mul_(self._scales.get(index, 1.0))
+        made = tensor.float()
+        return made.mul_(self._scales[index]) if index in self._scales else made
 
     def __contains__(self, index: object) -> bool:
         return index in self._shapes
 
-    def close(self, *, remove: bool = False) -> None:
+    def close(self) -> None:
         os.close(self._file)
-        if remove:
-            self.path.unlink(missing_ok=True)

@@ -96,7 +96,7 @@ def test_scales_of_least_squares_are_those_of_torch():
     weight, hessian = layer(outputs=3, inputs=64)
     scales, zeros = find_grid(weight, 4, 16, True)
     whole = round_to(weight, scales, zeros, 4).float() - 8
-    fitted = fit_scales(weight, hessian, whole, scales)
+    fitted = fit_scales(weight @ hessian, hessian, whole, scales)
     root = torch.linalg.cholesky(hessian.double() + 1e-9 * torch.eye(64), upper=True)
     for row in range(3):
         columns = torch.stack(
@@ -113,7 +113,7 @@ def test_each_step_of_the_descent_is_the_best_of_its_column():
     start = torch.randint(0, 8, weight.shape, generator=torch.Generator().manual_seed(3)).to(torch.uint8)
     found = GroupedWeight(start, scales, zeros, 3, False)
     offset = zeros.float().repeat_interleave(32, 1)
-    whole = descend(weight, hessian, start.float() - offset, scales, found)
+    whole = descend(weight @ hessian, hessian, start.float() - offset, scales, found)
     after = GroupedWeight((whole + offset).to(torch.uint8), scales, zeros, 3, False)
     assert loss(weight, after, hessian) < 0.1 * loss(weight, found, hessian)
     for code in range(8):
