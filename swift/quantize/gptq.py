@@ -50,7 +50,8 @@ class Gptq:
 
 
 def make(config: ExportConfig, settings: Settings) -> Gptq:
-    return Gptq(settings, config.damp_percent, FORMATS.get(str(config.quant_format)).least_zero)
+    least_zero = FORMATS.get(config.quant_format).least_zero if config.quant_format else 0
+    return Gptq(settings, config.damp_percent, least_zero)
 
 
 def gptq(weight: Tensor, hessian: Tensor, settings: Settings, damp: float, least_zero: int = 0) -> GroupedWeight:
