@@ -13,7 +13,6 @@ from swift import console, deps
 from swift.config.export import ExportConfig
 from swift.errors import ModelError, first_line
 from swift.export import onnx_genai, onnx_trace, onnx_weights
-from swift.export.sources import copy_around
 from swift.model.artifact import Artifact, ModelFolder
 from swift.model.traced import names
 from swift.quantize.measure import Measured, Reference
@@ -48,10 +47,10 @@ def run(model: ModelFolder, config: ExportConfig, folder: Path) -> Artifact:
         onnx_weights.write(graph, loaded, precision, folder)
         del graph, loaded
         gc.collect()  # the weights in torch
-        copy_around(model, folder)
+        model.copy_around(folder)
         problem = _fault(trial, config, folder)
     else:
-        copy_around(model, folder)
+        model.copy_around(folder)
     if problem is not None:
         raise ModelError(f"{model.name} cannot be written as ONNX: {problem}", hint="--to gguf writes other families")
     files = tuple(file.name for file in sorted(folder.glob("model.onnx*")))

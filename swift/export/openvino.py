@@ -13,7 +13,6 @@ from swift.config.export import ExportConfig
 from swift.engine.openvino import library
 from swift.engine.openvino.convert import ATTENTION, MODEL_FILE, convert, probe, save
 from swift.errors import ModelError, first_line
-from swift.export.sources import copy_around
 from swift.files import write_json
 from swift.model.artifact import Artifact, ModelFolder
 from swift.model.load import context_length, end_tokens, load_model
@@ -41,7 +40,7 @@ def run(model: ModelFolder, config: ExportConfig, folder: Path) -> Artifact:
         )
     weight_format = config.openvino_weight_format
     made = convert(loaded, shapes, weight_format, model.name)
-    copy_around(model, folder)
+    model.copy_around(folder)
     tokenizer = load_tokenizer(model.path)
     _write_generation_config(loaded, tokenizer, folder)
     del loaded

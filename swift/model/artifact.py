@@ -1,6 +1,7 @@
 """What quantizing and exporting make: files, and a report of what they cost and what was lost."""
 
 import math
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,12 @@ from typing import Any
 from swift.errors import ModelError
 from swift.hub.safetensors_header import read_header
 from swift.model.files import read_config
+
+_AROUND = {
+    "config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt",
+    "added_tokens.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+}  # fmt: skip
+_BEGINNINGS = ("tokenizer", "special_tokens", "LICENSE", "LICENCE", "NOTICE")
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,12 @@ class ModelFolder:
     def num_weights(self) -> int:
         """Numbers in all tensors of the files."""
         return sum(math.prod(shape) for file in self.weight_files for _, shape in read_header(file).values())
+
+    def copy_around(self, folder: Path) -> None:
+        """Copy what goes with the weights into ``folder``: configuration, tokenizer, chat template, processor, licence."""
+        for file in sorted(self.path.iterdir()):
+            if file.is_file() and (file.name in _AROUND or file.name.startswith(_BEGINNINGS) or file.suffix in (".model", ".tiktoken")):
+                shutil.copyfile(file, folder / file.name)
 
     def refuse_quantized(self) -> None:
         """ModelError for a checkpoint whose weights were quantized already."""

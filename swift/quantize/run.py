@@ -38,7 +38,6 @@ from swift.quantize.skeleton import Skeleton
 from swift.quantize.tensors import FLOATS, Checkpoint, assemble, size_in_bytes
 
 WORK = ".work"  # in the output folder, until it is whole
-SKIPPED_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5"}
 WORST = 8
 NO_TEXT = [list(range(16))]  # finds out which layers there are
 
@@ -90,14 +89,7 @@ def _assemble(job: Job, progress: Progress, config: ExportConfig, folder: Path) 
         wanted = DTYPES[config.torch_dtype]
         casts = {name: wanted for name in parts if name not in new and job.skeleton.checkpoint.dtype(name) in FLOATS}
     files = assemble(folder, parts, size_in_bytes(config.max_shard_size), casts)
-    for file in job.skeleton.folder.path.iterdir():
-        if (
-            file.is_file()
-            and file.suffix not in SKIPPED_FILES
-            and file.name not in ("config.json", "README.md")
-            and ".index." not in file.name
-        ):
-            shutil.copyfile(file, folder / file.name)
+    job.skeleton.folder.copy_around(folder)
     settings: Settings = replace(job.plan.settings, skipped=[*job.plan.skipped, *_others(job)])
     about = job.skeleton.folder.config | {"quantization_config": job.format.config(settings)}
     if config.torch_dtype is not None:

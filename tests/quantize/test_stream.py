@@ -262,6 +262,7 @@ def test_awq_scales_what_it_can_and_measures_what_it_wrote(family, tmp_path, row
 
 def test_a_quantized_model_has_fewer_bytes_and_a_report(tmp_path, rows):
     model = wide(tmp_path / "m")
+    (model / "swift-snapshot.json").write_text("{}")  # what the cache knows of the files: not of the new ones
     out = quantize(model, rows, tmp_path / "q")
     report = json.loads((out / REPORT_FILE).read_text())
     assert report["bytes_after"] < report["bytes_before"]
@@ -271,6 +272,9 @@ def test_a_quantized_model_has_fewer_bytes_and_a_report(tmp_path, rows):
     assert len(report["worst_layers"]) == 8
     assert not partial_folder(out).exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "q", "rows.jsonl"]
+    around = {"README.md", "audit.jsonl", "config.json", "generation_config.json", "model.safetensors", REPORT_FILE}
+    around |= {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in out.iterdir()} == around
     original = load_file(model / "model.safetensors")
     layer = "model.layers.1.mlp.down_proj"
     weight = dense(out, layer)

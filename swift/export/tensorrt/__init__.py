@@ -12,7 +12,6 @@ from swift import console, deps
 from swift.config.export import ExportConfig
 from swift.errors import ModelError
 from swift.export import onnx, onnx_trace, onnx_weights
-from swift.export.sources import copy_around
 from swift.export.tensorrt import build_engine, operators, profiles
 from swift.files import write_json, write_text
 from swift.model.artifact import Artifact, ModelFolder
@@ -44,7 +43,7 @@ def run(model: ModelFolder, config: ExportConfig, folder: Path) -> Artifact:
     write_json(folder / build_engine.PROFILES, ranges)
     shutil.copyfile(build_engine.__file__, folder / Path(build_engine.__file__).name)
     write_text(folder / TRTEXEC, f'#!/bin/sh\ncd "$(dirname "$0")"\n{shlex.join(profiles.trtexec_arguments(ranges))}\n')
-    copy_around(model, folder)
+    model.copy_around(folder)
     note = _build(config, ranges, folder)
     files = (build_engine.ENGINE,) if (folder / build_engine.ENGINE).exists() else tuple(file.name for file in folder.glob("model.onnx*"))
     return Artifact(folder, FORMAT, files, {"note": note})
