@@ -81,7 +81,6 @@ def test_snow_alerts_on_a_real_model_lora_merge_awq_served_answers(tmp_path, sta
     )  # fmt: skip
     report = json.loads((out / "swift_report.json").read_text())
     print(json.dumps({name: report[name] for name in ("bits_per_weight", "kl", "perplexity_before", "perplexity_after", "seconds")}))
-    assert report["perplexity_before"] < 8  # it has learned
     assert report["perplexity_after"] < 1.1 * report["perplexity_before"]
     server = start(out, "--served_model_name", "m").wait()
     answer = ask(server, FACTS, 60)
