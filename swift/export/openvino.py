@@ -87,8 +87,8 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     ov, tokenizers = library("openvino"), library("openvino_tokenizers")
     try:
         made = tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
-    except (RuntimeError, ValueError, KeyError, AttributeError, NotImplementedError) as problem:
-        raise ModelError(f"OpenVINO cannot compute this tokenizer: {first_line(problem)}", hint="--to gguf, or --to onnx") from None
+    except (RuntimeError, ValueError, KeyError, AttributeError, NotImplementedError) as problem:  # as its converter fails on what it lacks
+        raise ModelError(f"OpenVINO cannot compute this tokenizer: {first_line(problem)}", hint="--to gguf, or --to onnx") from problem
     for part, name in zip(made, ("tokenizer", "detokenizer"), strict=True):
         ov.save_model(part, folder / f"openvino_{name}.xml")
     compiled = ov.Core().compile_model(made[0], "CPU")

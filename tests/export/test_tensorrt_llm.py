@@ -7,7 +7,6 @@ import json
 import shlex
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -166,7 +165,6 @@ for split in sys.argv[4:]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("modelopt") is None, reason="nvidia-modelopt is not installed")
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
 def test_ranks_are_those_that_nvidia_modelopt_writes(family, tmp_path):
     model = saved(family, tmp_path / "m", torch.bfloat16)
