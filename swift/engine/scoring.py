@@ -1,0 +1,39 @@
+"""Log-probabilities of given texts: what an engine that shows them offers beside answers."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids, of which those from ``start`` (at least 1) on are scored."""
+
+    tokens: tuple[int, ...]
+    start: int
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.start < len(self.tokens), "a text to score has a token before, and one to score"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Natural logarithms of the probabilities of the scored tokens; ``is_greedy`` if each was the likeliest at its place."""
+
+    logprobs: tuple[float, ...]
+    is_greedy: bool
+
+    @property
+    def total(self) -> float:
+        return sum(self.logprobs)
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Scores texts. Members are the native engine and transformers' forward pass, which is its reference."""
+
+    def scores(self, texts: Sequence[Text]) -> Iterator[tuple[int, Score]]:
+        """(index, score) of each of ``texts``, in the order in which they are done. DataError for one beyond the context.
+
+        What texts have in common at their beginnings is computed once.
+        """
