@@ -1,0 +1,146 @@
+"""swift eval: every question that can be checked is checked first; then each model answers; then the report. Read this first."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from swift import console
+from swift.config.evaluate import EvalConfig
+from swift.engine.answers import answers
+from swift.engine.base import Engine
+from swift.engine.load import make_engine
+from swift.engine.scoring import Score, Scorer, Text
+from swift.errors import ConfigError
+from swift.evaluate import EVALUATORS, report
+from swift.evaluate.base import Asked, Example, ModelResult, Outcome, Task, TaskResult
+from swift.evaluate.contamination import find_contamination
+from swift.evaluate.declared import make_task
+from swift.evaluate.results import TaskFile, file_of, result_of
+from swift.evaluate.spec import find_task, task_table
+from swift.evaluate.subject import Subject, subjects
+
+MOST_TOKENS = 2**20  # of texts that are given to a scorer at once: beginnings are shared among these
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found, and the folder of the report."""
+
+    folder: Path
+    models: list[ModelResult]
+
+
+def run_eval(config: EvalConfig) -> Evaluation | None:
+    """Evaluate the models of ``config`` on its tasks; None if only the list of tasks was wanted."""
+    if config.list_tasks:
+        console.table(*task_table())
+        return None
+    folder = Path(config.eval_output_dir)
+    models = subjects(config)
+    baselines = [result for place in config.eval_baseline for result in report.load(Path(place))]
+    if config.eval_backend != "native":
+        found = EVALUATORS.get(config.eval_backend).run(config, models, folder)
+        return _finish(config, folder, found, baselines, {})
+    prepared = [_Prepared(model, folder) for model in models]
+    contaminated = find_contamination(config, prepared[0].tasks) if config.eval_train_dataset else {}
+    results = [one.run() for one in prepared]
+    return _finish(config, folder, results, baselines, contaminated)
+
+
+def _finish(config: EvalConfig, folder: Path, models: list[ModelResult], baselines: list[ModelResult], contaminated: Any) -> Evaluation:
+    place = report.write(folder, models, baselines=baselines, contamination=contaminated, config=config)
+    report.show(models, baselines, contaminated)
+    console.say(f"report: {place / 'report.html'}; every prompt and answer: {folder / 'items'}")
+    return Evaluation(place, models)
+
+
+class _Prepared:
+    """A model with its tasks, whose data are read and whose prompts can be made: no weights are loaded yet."""
+
+    def __init__(self, subject: Subject, folder: Path) -> None:
+        self.subject = subject
+        config = subject.config
+        self.tasks: list[Task] = [
+            make_task(find_task(name), config, subject.source.tokenizer, subject.source.max_model_len) for name in config.eval_dataset
+        ]
+        self.files = [TaskFile(file_of(folder, subject.facts, task.about), task.about, subject.facts) for task in self.tasks]
+
+    def run(self) -> ModelResult:
+        """Answer what is not answered yet."""
+        engine: Engine | None = None
+        results: list[TaskResult] = []
+        facts: dict[str, Any] = dict(self.subject.facts)
+        begin = time.monotonic()
+        for task, file in zip(self.tasks, self.files, strict=True):
+            open_ = [example for example in task.examples() if example.id not in file.done]
+            if open_ and engine is None:
+                engine = make_engine(self.subject.source)
+                facts |= self.subject.source.facts() | {"load_s": time.monotonic() - begin}
+            if file.done and open_:
+                console.say(f"{task.about.name}: {len(file.done)} of {len(open_) + len(file.done)} examples are answered already")
+            started = time.monotonic()
+            if engine is not None and open_:
+                with file.appending(), console.progress() as bar:
+                    total = len(open_) + len(file.done)
+                    line = bar.add_task(f"{self.subject.name}: {task.about.name}", total=total, completed=len(file.done), facts="")
+                    for outcome in answered(task, open_, engine):
+                        file.add(outcome)
+                        bar.update(line, advance=1)
+            order = {example.id: number for number, example in enumerate(task.examples())}
+            results.append(result_of(file, task.about, order, {"seconds": time.monotonic() - started, "answered_now": len(open_)}))
+        if engine is not None:
+            engine.close()
+        return ModelResult(self.subject.name, results, facts)
+
+
+def answered(task: Task, examples: Sequence[Example], engine: Any) -> Iterator[Outcome]:
+    """Outcomes of ``examples`` in the order in which they are done. ConfigError if ``engine`` cannot do what the task asks."""
+    for part in _parts(task, examples):
+        scored = [(example, asked) for example, asked in part if asked.request is None]
+        if scored:
+            yield from _scored(task, scored, engine)
+        written = [(example, asked) for example, asked in part if asked.request is not None]
+        requests = (replace(asked.request, id=str(number)) for number, (_, asked) in enumerate(written) if asked.request is not None)
+        for (example, asked), completion in zip(written, answers(engine, requests) if written else (), strict=True):
+            yield task.score(example, asked, completion)
+
+
+def _parts(task: Task, examples: Sequence[Example]) -> Iterator[list[tuple[Example, Asked]]]:
+    """What is asked, so much at a time that the prompts of a large task are never all in memory."""
+    part: list[tuple[Example, Asked]] = []
+    used = 0
+    for example in examples:
+        asked = task.requests(example)
+        part.append((example, asked))
+        used += sum(len(text.tokens) for text in asked.texts) + (len(asked.request.prompt) if asked.request else 0)
+        if used > MOST_TOKENS:
+            yield part
+            part, used = [], 0
+    if part:
+        yield part
+
+
+def _scored(task: Task, part: Sequence[tuple[Example, Asked]], engine: Any) -> Iterator[Outcome]:
+    if not isinstance(engine, Scorer):
+        raise ConfigError(
+            f"--infer_backend {type(engine).__name__} gives no scores of texts, which mode {task.about.mode} needs",
+            hint="remove --infer_backend, or say --eval_mode generate",
+        )
+    texts: list[Text] = []
+    owners: list[int] = []
+    for number, (_, asked) in enumerate(part):
+        texts += asked.texts
+        owners += [number] * len(asked.texts)
+    firsts = [owners.index(number) for number in range(len(part))]
+    missing = [len(asked.texts) for _, asked in part]
+    found: dict[int, Score] = {}
+    for index, score in engine.scores(texts):
+        found[index] = score
+        owner = owners[index]
+        missing[owner] -= 1
+        if not missing[owner]:
+            example, asked = part[owner]
+            scores = [found.pop(firsts[owner] + place) for place in range(len(asked.texts))]
+            yield task.score(example, asked, scores)
