@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from swift.config.batching import BatchingConfig
 from swift.config.data import DataConfig, TemplateConfig
 from swift.config.deploy import DeployConfig
+from swift.config.evaluate import EvalConfig
 from swift.config.export import ExportConfig, QuantizeConfig
 from swift.config.generate import GenerateConfig
 from swift.config.model import ModelConfig, QuantConfig
@@ -166,6 +167,7 @@ COMMAND_CONFIGS: tuple[type[Config], ...] = (
     MergeConfig,
     ExportConfig,
     QuantizeConfig,
+    EvalConfig,
     ModelsListConfig,
     ModelConfigArgument,
     DataInspectConfig,

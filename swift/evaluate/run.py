@@ -130,10 +130,11 @@ def _scored(task: Task, part: Sequence[tuple[Example, Asked]], engine: Any) -> I
         )
     texts: list[Text] = []
     owners: list[int] = []
+    firsts: list[int] = []
     for number, (_, asked) in enumerate(part):
+        firsts.append(len(texts))
         texts += asked.texts
         owners += [number] * len(asked.texts)
-    firsts = [owners.index(number) for number in range(len(part))]
     missing = [len(asked.texts) for _, asked in part]
     found: dict[int, Score] = {}
     for index, score in engine.scores(texts):
