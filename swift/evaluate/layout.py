@@ -38,7 +38,10 @@ def locate(spec: TaskSpec, settings: Settings, splits: Sequence[str]) -> Located
         return _local(spec, Path(settings.local_path).expanduser(), splits, f"local_path of {spec.name}")
     if settings.data_dir is not None:
         folder = Path(settings.data_dir).expanduser()
-        return _local(spec, _own_folder(spec, folder), splits, "--eval_data_dir")
+        named = _own_folder(spec, folder)
+        if named is not None and (found := _find(spec, named, splits)) is not None:
+            return found
+        return _local(spec, folder, splits, "--eval_data_dir")
     if not spec.source.hub:
         raise DataError(
             f"task {spec.name} needs your data", hint=f'--eval_dataset_args \'{{"{spec.name}": {{"local_path": "FILE or FOLDER"}}}}\''
@@ -65,12 +68,12 @@ def _suffixes(layout: Layout) -> set[str]:
     return {Path(pattern).suffix for patterns in layout.splits.values() for pattern in patterns}
 
 
-def _own_folder(spec: TaskSpec, folder: Path) -> Path:
-    """The folder in ``folder`` that is named like the task, or ``folder`` itself."""
+def _own_folder(spec: TaskSpec, folder: Path) -> Path | None:
+    """The folder or archive in ``folder`` that is named like the task."""
     names = {spec.name, *map(normal, spec.aliases)}
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
     named = [child for child in inside if normal(child.name if child.is_dir() else child.stem) in names]
-    return next((child for child in named if child.is_dir() or child.suffix == ".zip"), folder)
+    return next((child for child in named if child.is_dir() or child.suffix == ".zip"), None)
 
 
 def _from_hub(spec: TaskSpec, settings: Settings, splits: Sequence[str]) -> Located:
