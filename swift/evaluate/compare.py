@@ -84,13 +84,11 @@ def compare_all(models: Sequence[ModelResult], baselines: Sequence[ModelResult] 
         theirs = {(task.about.name, task.about.mode): task for task in first.tasks}
         ours = {(task.about.name, task.about.mode): task for task in second.tasks}
         for key in [*ours, *(key for key in theirs if key not in ours)]:
-            try:
-                for side, name in ((theirs, first.name), (ours, second.name)):
-                    if key not in side:
-                        raise DataError(f"there is no result of {name}")
+            reason = _obstacle(theirs.get(key), ours.get(key), (first.name, second.name))
+            if reason:
+                refused.append(Uncompared(*key, first.name, second.name, reason))
+            else:
                 found.append(compare(theirs[key], ours[key], names=(first.name, second.name)))
-            except DataError as problem:
-                refused.append(Uncompared(*key, first.name, second.name, problem.message))
         adjusted = holm([item.p_value for item in found])
         compared += [replace(item, p_adjusted=value) for item, value in zip(found, adjusted, strict=True)]
     return compared, refused
@@ -98,13 +96,14 @@ def compare_all(models: Sequence[ModelResult], baselines: Sequence[ModelResult] 
 
 def compare(first: TaskResult, second: TaskResult, *, names: tuple[str, str]) -> Comparison:
     """The metric of the task on the items that both answered. DataError if the two were not asked the same."""
-    check_same_questions(first.about, second.about, names)
     metric = first.about.metric
-    left = {outcome.id: outcome for outcome in finite(first.outcomes, metric)}
-    right = {outcome.id: outcome for outcome in finite(second.outcomes, metric)}
+    reason = _obstacle(first, second, names)
+    if reason:
+        raise DataError(
+            f"{first.about.name}: {names[0]} and {names[1]} cannot be compared: {reason}", hint="evaluate both with equal settings"
+        )
+    left, right = _by_id(first, metric), _by_id(second, metric)
     common = [name for name in left if name in right]
-    if not common:
-        raise DataError(f"{first.about.name}: {names[0]} and {names[1]} have no example in common")
     a, b = [left[name] for name in common], [right[name] for name in common]
     found = _compare_ratios(a, b, metric) if ratio_of(metric, a[0].metrics) else _compare_means(a, b, metric)
     return replace(
@@ -118,17 +117,13 @@ def compare(first: TaskResult, second: TaskResult, *, names: tuple[str, str]) ->
     )
 
 
-def check_same_questions(first: About, second: About, names: tuple[str, str]) -> None:
-    """DataError that says what differs if the answers of two models cannot be compared item by item."""
+def what_differs(first: About, second: About) -> str:
+    """In what two tasks ask other questions, or "" if their answers can be compared item by item."""
     fields = ("name", "mode", "metric", "num_fewshot", "uses_chat_template", "source")
     told = [f"{field} {ours} and {theirs}" for field in fields if (ours := getattr(first, field)) != (theirs := getattr(second, field))]
     if not told and first.digest != second.digest:
         told = [f"other data or settings, digests {first.digest[:12]} and {second.digest[:12]}"]
-    if told:
-        raise DataError(
-            f"{first.name}: {names[0]} and {names[1]} were not asked the same questions ({'; '.join(told)})",
-            hint="evaluate both with equal settings",
-        )
+    return "; ".join(told)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -161,6 +156,20 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, value * (len(order) - rank)))
         adjusted[index] = largest
     return adjusted
+
+
+def _obstacle(first: TaskResult | None, second: TaskResult | None, names: tuple[str, str]) -> str:
+    """Why two results cannot be compared, or ""."""
+    if first is None or second is None:
+        return f"there is no result of {names[0] if first is None else names[1]}"
+    if told := what_differs(first.about, second.about):
+        return f"they were not asked the same questions ({told})"
+    metric = first.about.metric
+    return "" if _by_id(first, metric).keys() & _by_id(second, metric).keys() else "they have no example in common"
+
+
+def _by_id(result: TaskResult, metric: str) -> dict[str, Outcome]:
+    return {outcome.id: outcome for outcome in finite(result.outcomes, metric)}
 
 
 def _compare_means(a: Sequence[Outcome], b: Sequence[Outcome], metric: str) -> Comparison:

@@ -47,14 +47,14 @@ def build(
 
 
 def _renamed(models: Sequence[ModelResult], baselines: Sequence[ModelResult]) -> list[ModelResult]:
-    """Baselines under names that no other result has."""
+    """Baselines under names that say what they are, and that no other result has."""
     taken = {model.name for model in models}
     made = []
     for baseline in baselines:
-        name, number = baseline.name, 1
+        name, number = f"{baseline.name} (earlier)", 1
         while name in taken:
             number += 1
-            name = f"{baseline.name} (earlier)" if number == 2 else f"{baseline.name} (earlier {number - 1})"
+            name = f"{baseline.name} (earlier {number})"
         taken.add(name)
         made.append(ModelResult(name, baseline.tasks, baseline.facts))
     return made
@@ -109,7 +109,7 @@ def _result(model: ModelResult, task: TaskResult, is_own: bool, is_share: bool, 
     made.warnings.extend(warnings(made, outcomes, is_share))
     dirty = _contaminated(contamination, about.name)
     if dirty:
-        made.warnings.append(f"{len(dirty)} examples are in the training data")
+        made.warnings.append(f"examples in the training data: {len(dirty)}")
     return made
 
 

@@ -23,13 +23,13 @@ def warnings(result: Result, outcomes: Sequence[Outcome], is_share: bool) -> lis
     found += _same_answer(outcomes, result.guess)
     if result.items and result.unanswered / result.items > UNANSWERED:
         share = result.unanswered / result.items
-        found.append(f"{result.unanswered} answers ({share:.0%}) hold none that could be read; they count as wrong")
+        found.append(f"answers that could not be read, and count as wrong: {result.unanswered} ({share:.0%})")
     if result.value is not None:
         found += _few(result.value, is_share)
         missing = len(outcomes) - len(finite(outcomes, result.about.metric))
         if missing:
             found.append(f"items without a finite value of {result.about.metric}, left out of its mean: {missing}")
-    found += [f"{name.replace('_', ' ')}: {count} prompts" for name, count in result.notes.items() if name != "windows"]
+    found += [f"prompts {name.replace('_', ' ')}: {count}" for name, count in result.notes.items() if name != "windows"]
     return found
 
 

@@ -29,7 +29,7 @@ def render(report: Report) -> str:
         method=METHOD,
         style=(folder / "page.css").read_text(encoding="utf-8"),
         most=MATCHES,
-        warned=[(part, result, warning) for part in report.tasks for result in part.results for warning in result.warnings],
+        warned=words.warned(report),
         link=quote,
         index_of=lambda part: report.tasks.index(part) + 1,
         **{name: getattr(view, name) for name in _View.OFFERS},

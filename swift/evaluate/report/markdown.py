@@ -44,12 +44,7 @@ def _blocks(report: Report) -> Iterator[str]:
         for result in part.results
     ]
     yield table(["task", "metric", "model", "result", "items"], rows)
-    warned = [
-        f"- {text(words.name_of(part))}, {text(result.model)}: {text(warning)}."
-        for part in report.tasks
-        for result in part.results
-        for warning in result.warnings
-    ]
+    warned = [f"- {text(words.name_of(part))}, {text(models)}: {text(warning)}." for part, models, warning in words.warned(report)]
     if warned:
         yield "### Read with care"
         yield "\n".join(warned)
@@ -59,8 +54,7 @@ def _blocks(report: Report) -> Iterator[str]:
     yield from _contamination(report)
     yield from _flips(report)
     yield "## Models"
-    facts = [[model.name + (" (earlier report)" if model.is_baseline else ""), words.fact(model.facts)] for model in report.models]
-    yield table(["model", "facts"], facts)
+    yield table(["model", "facts"], [[model.name, words.fact(model.facts)] for model in report.models])
     if report.options:
         yield table(["option", "value"], [[f"--{name}", words.fact(value)] for name, value in report.options.items()])
     yield "## Methods"

@@ -3,7 +3,7 @@
 from typing import Any
 
 from swift.evaluate.compare import Comparison
-from swift.evaluate.report.schema import TaskPart
+from swift.evaluate.report.schema import Report, TaskPart
 from swift.evaluate.statistics import Estimate
 
 NONE = "-"
@@ -76,6 +76,19 @@ def fact(value: Any) -> str:
 
 def name_of(part: TaskPart) -> str:
     return f"{part.name} ({part.mode})"
+
+
+def warned(report: Report) -> list[tuple[TaskPart, str, str]]:
+    """(task, models, warning): what is said of several models stands once."""
+    found = []
+    for part in report.tasks:
+        models: dict[str, list[str]] = {}
+        for result in part.results:
+            for warning in result.warnings:
+                models.setdefault(warning, []).append(result.model)
+        for warning, names in models.items():
+            found.append((part, "all models" if 1 < len(names) == len(part.results) else ", ".join(names), warning))
+    return found
 
 
 def setting(part: TaskPart) -> list[tuple[str, str]]:
