@@ -61,6 +61,43 @@ def test_a_model_by_blocks_gives_the_logits_of_the_model(family, tmp_path):
     assert all(parameter.is_meta for parameter in skeleton.blocks.parameters())
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+@torch.inference_mode()
+def test_routers_that_keep_a_buffer_are_those_of_the_files(family, tmp_path):
+    """transformers initializes a module as a whole, weights too, where its buffers have to be made."""
+    size = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    size |= {"first_k_dense_replace": 1, "n_shared_experts": 1, "num_key_value_heads": 4}
+    size |= {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    model = build(family, **size)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.linspace(-0.5, 0.5, len(buffer)))
+    model.save_pretrained(tmp_path)
+    skeleton = Skeleton(ModelFolder(tmp_path, family), CPU)
+    state = model.state_dict()
+    block = skeleton.block(1)
+    for part in ("weight", "e_score_correction_bias"):
+        assert torch.equal(block.state_dict()[f"mlp.gate.{part}"], state[f"model.layers.1.mlp.gate.{part}"])
+    ids = torch.randint(5, 120, (2, 12), generator=torch.Generator().manual_seed(1))
+    with skeleton.head(slice(0, skeleton.vocabulary)) as logits:
+        found = logits(run_by_blocks(skeleton, ids))
+    wanted = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_that_look_at_the_tokens_themselves_are_refused(tmp_path, monkeypatch):
+    skeleton = Skeleton(saved("llama", tmp_path), CPU)
+    decoder = skeleton._shell
+    forward = decoder.layers[0].forward
+
+    def with_tokens(hidden, *args, **kwargs):
+        return forward(hidden, *args, **kwargs, per_layer_input=hidden.sum(-1))
+
+    monkeypatch.setattr(decoder.layers[0], "forward", with_tokens)
+    with pytest.raises(ModelError, match="its blocks look at the tokens beside the hidden states"):
+        skeleton.calls((1, 4))
+
+
 @torch.inference_mode()
 def test_divergence_and_perplexity_in_parts_of_the_vocabulary_are_those_of_whole_rows(tmp_path, monkeypatch):
     monkeypatch.setattr("swift.quantize.head.PART", 37)
