@@ -39,7 +39,9 @@ class EvalConfig(TasksConfig, GenerateConfig, QuantConfig, ModelConfig):
     """Evaluate models on tasks, one beside the other."""
 
     models: list[str] = opt([], "models, runs or checkpoints; each is compared with the first", positional=True)
-    eval_output_dir: str = opt("eval_output", "folder of reports and of all prompts, answers and scores; a run that was stopped goes on there")
+    eval_output_dir: str = opt(
+        "eval_output", "folder of reports and of all prompts, answers and scores; a run that was stopped goes on there"
+    )
     eval_backend: str = opt("native", "what evaluates: this tool (native), or another package: evalscope, lm_eval, opencompass, vlmevalkit")
     eval_url: str | None = opt(None, "address of an OpenAI server that answers, such as http://127.0.0.1:8000/v1; for --eval_mode generate")
     eval_api_key: str | None = opt(None, "key for --eval_url", saved=False)
