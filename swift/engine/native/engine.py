@@ -377,4 +377,3 @@ def _accepted(tokens: List[int], draft: List[int]) -> int:
             break
         count += 1
     return count
-
