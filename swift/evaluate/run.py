@@ -10,12 +10,11 @@ from swift import console
 from swift.config.evaluate import EvalConfig
 from swift.engine.answers import answers
 from swift.engine.base import Engine
-from swift.engine.load import make_engine
 from swift.engine.scoring import Score, Scorer, Text
 from swift.errors import ConfigError
 from swift.evaluate import EVALUATORS, report
 from swift.evaluate.base import Asked, Example, ModelResult, Outcome, Task, TaskResult
-from swift.evaluate.contamination import find_contamination
+from swift.evaluate.contamination import Contamination, find_contamination
 from swift.evaluate.declared import make_task
 from swift.evaluate.results import TaskFile, file_of, result_of
 from swift.evaluate.spec import find_task, task_table
@@ -42,14 +41,16 @@ def run_eval(config: EvalConfig) -> Evaluation | None:
     baselines = [result for place in config.eval_baseline for result in report.load(Path(place))]
     if config.eval_backend != "native":
         found = EVALUATORS.get(config.eval_backend).run(config, models, folder)
-        return _finish(config, folder, found, baselines, {})
+        return _finish(config, folder, found, baselines, None)
     prepared = [_Prepared(model, folder) for model in models]
-    contaminated = find_contamination(config, prepared[0].tasks) if config.eval_train_dataset else {}
+    contaminated = find_contamination(config, prepared[0].tasks) if config.eval_train_dataset else None
     results = [one.run() for one in prepared]
     return _finish(config, folder, results, baselines, contaminated)
 
 
-def _finish(config: EvalConfig, folder: Path, models: list[ModelResult], baselines: list[ModelResult], contaminated: Any) -> Evaluation:
+def _finish(
+    config: EvalConfig, folder: Path, models: list[ModelResult], baselines: list[ModelResult], contaminated: Contamination | None
+) -> Evaluation:
     place = report.write(folder, models, baselines=baselines, contamination=contaminated, config=config)
     report.show(models, baselines, contaminated)
     console.say(f"report: {place / 'report.html'}; every prompt and answer: {folder / 'items'}")
@@ -62,9 +63,8 @@ class _Prepared:
     def __init__(self, subject: Subject, folder: Path) -> None:
         self.subject = subject
         config = subject.config
-        self.tasks: list[Task] = [
-            make_task(find_task(name), config, subject.source.tokenizer, subject.source.max_model_len) for name in config.eval_dataset
-        ]
+        reader, length = (None, None) if subject.is_remote else (subject.reader, subject.source.max_model_len)
+        self.tasks: list[Task] = [make_task(find_task(name), config, reader, length) for name in config.eval_dataset]
         self.files = [TaskFile(file_of(folder, subject.facts, task.about), task.about, subject.facts) for task in self.tasks]
 
     def run(self) -> ModelResult:
@@ -76,8 +76,8 @@ class _Prepared:
         for task, file in zip(self.tasks, self.files, strict=True):
             open_ = [example for example in task.examples() if example.id not in file.done]
             if open_ and engine is None:
-                engine = make_engine(self.subject.source)
-                facts |= self.subject.source.facts() | {"load_s": time.monotonic() - begin}
+                engine = self.subject.engine()
+                facts |= self.subject.engine_facts() | {"load_s": time.monotonic() - begin}
             if file.done and open_:
                 console.say(f"{task.about.name}: {len(file.done)} of {len(open_) + len(file.done)} examples are answered already")
             started = time.monotonic()

@@ -11,9 +11,11 @@ from typing import Any
 from swift.config.evaluate import EvalConfig
 from swift.config.options import of_checkpoint
 from swift.config.saved import saved_options
-from swift.engine.load import source_of
+from swift.engine.base import Engine
+from swift.engine.load import make_engine, source_of
 from swift.engine.source import Source
 from swift.errors import CheckpointError, ConfigError
+from swift.evaluate.written import remote_engine
 from swift.files import sha256_file
 from swift.model.checkpoints import adapter_folder
 
@@ -27,15 +29,33 @@ class Subject:
     name: str
     config: EvalConfig
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether a server answers, of which neither weights nor tokenizer are here."""
+        return self.config.eval_url is not None
+
     @cached_property
     def source(self) -> Source:
         return source_of(self.config)
+
+    @property
+    def reader(self) -> Any:
+        """The tokenizer, or the processor of a model that reads images."""
+        return self.source.processor or self.source.tokenizer
+
+    def engine(self) -> Engine:
+        """What answers; weights are loaded here."""
+        return remote_engine(self.config) if self.is_remote else make_engine(self.source)
+
+    def engine_facts(self) -> dict[str, Any]:
+        """What computes, once there is an engine."""
+        return {"engine": self.config.eval_url} if self.is_remote else {"engine": self.config.infer_backend, **self.source.facts()}
 
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What identifies it: name, a name for files, digest of its weights and settings."""
         slug = re.sub(r"[^\w.-]+", "-", Path(self.name).name or "model").strip("-") or "model"
-        return {"name": self.name, "slug": slug, "digest": _digest(self.source)}
+        return {"name": self.name, "slug": slug, "digest": _digest_of_server(self.config) if self.is_remote else _digest(self.source)}
 
 
 def subjects(config: EvalConfig) -> list[Subject]:
@@ -76,6 +96,11 @@ def is_adapter(name: str) -> bool:
         return adapter_folder(name).is_dir()
     except CheckpointError:
         return False
+
+
+def _digest_of_server(config: EvalConfig) -> str:
+    """Of address and name: what is behind them cannot be seen."""
+    return hashlib.sha256(f"{config.eval_url} {config.models or config.model}".encode()).hexdigest()
 
 
 def _digest(source: Source) -> str:

@@ -1,5 +1,6 @@
 """What quantizing and exporting make: files, and a report of what they cost and what was lost."""
 
+import json
 import math
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -30,6 +31,12 @@ class ModelFolder:
 
     @property
     def weight_files(self) -> list[Path]:
+        """The files that transformers reads: model.safetensors, or those of the index; others may hold the same tensors again."""
+        whole, index = self.path / "model.safetensors", self.path / "model.safetensors.index.json"
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            return sorted(self.path / name for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         return sorted(self.path.glob("*.safetensors"))
 
     @property

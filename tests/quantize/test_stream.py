@@ -3,9 +3,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +14,8 @@ from swift.config.commands import QuantizeConfig
 from swift.config.options import build as build_config
 from swift.errors import ConfigError, MachineError, ModelError
 from swift.export.folder import REPORT_FILE, partial_folder
-from swift.export.run import run_export
 from swift.model.artifact import ModelFolder
 from swift.model.load import load_model
-from swift.model.quantized import FORMATS
 from swift.model.quantized.base import GroupedWeight
 from swift.model.tokenizer import load_tokenizer
 from swift.quantize.base import Inputs
@@ -32,14 +27,10 @@ from swift.quantize.store import Store
 from swift.quantize.tensors import Checkpoint
 from swift.quantize.trial import find_levels
 from tests.families import FAMILIES, build
+from tests.quantize.runs import ROWS, dense, held_out, quantize, wide
 from tests.tiny import CHATML, make_model, make_tokenizer
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[2]
-ROWS = [
-    {"messages": [{"role": "user", "content": f"What about day {n}?"}, {"role": "assistant", "content": f"Snow, {n} cm. " * 6}]}
-    for n in range(40)
-]
 
 
 def saved(family: str, path: Path, **options) -> ModelFolder:
@@ -68,6 +59,43 @@ def test_a_model_by_blocks_gives_the_logits_of_the_model(family, tmp_path):
     wanted = build(family)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     assert torch.allclose(torch.cat(parts, -1), wanted, rtol=1e-5, atol=1e-5)
     assert all(parameter.is_meta for parameter in skeleton.blocks.parameters())
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+@torch.inference_mode()
+def test_routers_that_keep_a_buffer_are_those_of_the_files(family, tmp_path):
+    """transformers initializes a module as a whole, weights too, where its buffers have to be made."""
+    size = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    size |= {"first_k_dense_replace": 1, "n_shared_experts": 1, "num_key_value_heads": 4}
+    size |= {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    model = build(family, **size)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.linspace(-0.5, 0.5, len(buffer)))
+    model.save_pretrained(tmp_path)
+    skeleton = Skeleton(ModelFolder(tmp_path, family), CPU)
+    state = model.state_dict()
+    block = skeleton.block(1)
+    for part in ("weight", "e_score_correction_bias"):
+        assert torch.equal(block.state_dict()[f"mlp.gate.{part}"], state[f"model.layers.1.mlp.gate.{part}"])
+    ids = torch.randint(5, 120, (2, 12), generator=torch.Generator().manual_seed(1))
+    with skeleton.head(slice(0, skeleton.vocabulary)) as logits:
+        found = logits(run_by_blocks(skeleton, ids))
+    wanted = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_that_look_at_the_tokens_themselves_are_refused(tmp_path, monkeypatch):
+    skeleton = Skeleton(saved("llama", tmp_path), CPU)
+    decoder = skeleton._shell
+    forward = decoder.layers[0].forward
+
+    def with_tokens(hidden, *args, **kwargs):
+        return forward(hidden, *args, **kwargs, per_layer_input=hidden.sum(-1))
+
+    monkeypatch.setattr(decoder.layers[0], "forward", with_tokens)
+    with pytest.raises(ModelError, match="its blocks look at the tokens beside the hidden states"):
+        skeleton.calls((1, 4))
 
 
 @torch.inference_mode()
@@ -190,43 +218,6 @@ def test_each_layer_sees_what_its_quantized_predecessors_give(family, tmp_path):
             assert gap < near * inputs.hessian.abs().max(), name
 
 
-@pytest.fixture
-def rows(tmp_path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
-    return path
-
-
-def wide(path: Path, **options) -> Path:
-    return make_model(path, hidden_size=64, intermediate_size=128, **options)
-
-
-def quantize(model: Path, rows: Path, out: Path, *, bare: bool = False, **options) -> Path:
-    """``bare``: no options of GPTQ but those given."""
-    given = {"model": str(model), "dataset": [str(rows)], "output_dir": str(out), "device": "cpu"}
-    given |= {"quant_eval_samples": 4, "max_length": 64}
-    if options.get("quant_method") not in ("bnb", "fp8") or options.get("quant_activations") == "static":
-        given["quant_n_samples"] = 12
-    if not bare:
-        given |= {"quant_method": "gptq", "quant_bits": 4, "group_size": 32}
-    return run_export(build_config(QuantizeConfig, ("argument", given | options)))
-
-
-def dense(folder: Path, layer: str, name: str = "gptq") -> torch.Tensor:
-    """The weights of a layer in a checkpoint in the format ``name``."""
-    form = FORMATS.get(name)
-    tensors = Checkpoint(sorted(folder.glob("*.safetensors")))
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    return form.read(layer, tensors.read, form.settings(config)).dequantize()
-
-
-def held_out(model: Path, rows: Path) -> list[list[int]]:
-    """The documents that measure, as the quantizer chooses them."""
-    given = {"model": str(model), "quant_method": "gptq", "dataset": [str(rows)], "quant_n_samples": 12, "quant_eval_samples": 4}
-    config = build_config(QuantizeConfig, ("argument", given | {"max_length": 64}))
-    return documents(config, load_tokenizer(model)).held_out
-
-
 SCALED = ["llama", "qwen2", "qwen3", "phi3", "granite", "mixtral"]
 OTHERS = ["cohere", "gemma2", "gemma3_text", "olmo2", "opt", "gpt_neox"]
 
@@ -329,48 +320,6 @@ def test_the_built_in_text_serves_models_with_and_without_a_chat_template(chat_t
     assert (len(found.calibration), len(found.held_out)) == (40, 8)
     begins = load_tokenizer(model)("<|im_start|>").input_ids
     assert any(piece[: len(begins)] == begins for piece in found.calibration) is (chat_template is not None)
-
-
-def test_a_killed_run_goes_on_and_gives_the_same_files(tmp_path, rows):
-    model = wide(tmp_path / "m", num_hidden_layers=6)
-    whole = quantize(model, rows, tmp_path / "whole")
-    code = (
-        "import os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from swift.quantize.progress import Progress\n"
-        "done = Progress.done\n"
-        "def kill(self, index, errors):\n"
-        "    done(self, index, errors)\n"
-        "    if index == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Progress.done = kill\n"
-        "from tests.quantize.test_stream import quantize\n"
-        "from pathlib import Path\n"
-        "quantize(*map(Path, sys.argv[2:]))\n"
-    )
-    out = tmp_path / "killed"
-    died = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT), str(model), str(rows), str(out)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert died.returncode == -signal.SIGKILL, died.stderr
-    assert not out.exists()
-    assert partial_folder(out).is_dir()
-    quantize(model, rows, out)
-    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    reports = [json.loads((folder / REPORT_FILE).read_text()) for folder in (whole, out)]
-    assert reports[0]["kl"] == reports[1]["kl"]
-    assert reports[0]["worst_layers"] == reports[1]["worst_layers"]
-    assert not partial_folder(out).exists()
-
-
-def test_other_options_do_not_go_on_with_what_a_killed_run_left(tmp_path, rows, capsys):
-    model = wide(tmp_path / "m")
-    work = partial_folder(tmp_path / "q") / ".work"
-    work.mkdir(parents=True)
-    (work / "state.json").write_text(json.dumps({"key": "another", "block": 1, "errors": {}}))
-    (work.parent / "stray").write_text("x")
-    out = quantize(model, rows, tmp_path / "q")
-    assert not (out / "stray").exists()
-    assert not (out / ".work").exists()
-    assert "going on" not in capsys.readouterr().out
 
 
 def test_too_much_lost_leaves_nothing(tmp_path, rows):
@@ -542,6 +491,42 @@ def test_16_bits_for_what_is_not_quantized(tmp_path, rows):
     kept = load_file(out / "model.safetensors")
     assert kept["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_norms_that_took_a_scale_are_stored_in_the_precision_that_is_asked_for(tmp_path, rows):
+    """Not in that of the original, to which they would be rounded a second time."""
+    model = wide(tmp_path / "m")
+    load_model(model, torch_dtype="bfloat16", device="cpu").model.save_pretrained(model)
+    out = quantize(model, rows, tmp_path / "q", bare=True, quant_method="int8", torch_dtype="float32")
+    kept = load_file(out / "model.safetensors")
+    norms = [tensor for name, tensor in kept.items() if name.endswith("layernorm.weight")]
+    assert all(tensor.dtype == torch.float32 for tensor in norms)
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in norms)
+
+
+def test_what_was_not_quantized_is_named_in_the_config(tmp_path, rows):
+    """vLLM looks for few bits in a router that is not named, and leaves a gate of one output out of it."""
+    size = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+    size |= {"vocab_size": 320, "num_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 512}
+    build("qwen2_moe", **size, bos_token_id=None, eos_token_id=2, pad_token_id=3).save_pretrained(tmp_path / "m")
+    make_tokenizer(tmp_path / "m")
+    out = quantize(tmp_path / "m", rows, tmp_path / "q", bare=True, quant_method="int8")
+    named = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    kept = load_file(out / "model.safetensors")
+    matrices = {name.removesuffix(".weight") for name, tensor in kept.items() if tensor.dim() == 2 and tensor.dtype != torch.int8}
+    layers = {name for name in matrices if not name.endswith(("weight_scale", "embed_tokens"))} | {"lm_head"}
+    assert {"model.layers.0.mlp.gate", "model.layers.1.mlp.shared_expert_gate"} < layers
+    assert set(named) == layers
+
+
+def test_experts_in_one_tensor_stay_and_are_named(tmp_path, rows, capsys):
+    size = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 320, "head_dim": 16, "max_position_embeddings": 512}
+    build("gpt_oss", **size, bos_token_id=None, eos_token_id=2, pad_token_id=3).save_pretrained(tmp_path / "m")
+    make_tokenizer(tmp_path / "m")
+    out = quantize(tmp_path / "m", rows, tmp_path / "q", bare=True, quant_method="fp8")
+    assert "4 weights of experts in one tensor stay as they are, the first is model.layers.0.mlp.experts" in capsys.readouterr().err
+    named = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {f"model.layers.{layer}.mlp.{part}" for layer in (0, 1) for part in ("router", "experts")} <= set(named)
 
 
 def test_several_files_with_an_index(tmp_path, rows):
