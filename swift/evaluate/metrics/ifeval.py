@@ -14,28 +14,22 @@ from swift.evaluate.metrics.instructions import CHECKS
 
 
 def make(setting: Setting) -> Metric:
-    """Shares of prompts all of whose instructions were followed, and of instructions, each strictly and loosely.
+    """Shares of prompts all of whose instructions were followed, and of all instructions, each strictly and loosely.
 
-    The result for instructions is pooled, as published: each prompt counts with the number that it has, over the mean number of the
-    task, so that the mean over prompts is the share of instructions (a single value can be above 1).
+    Those of instructions are pooled over prompts, as published: a sum and a count of each prompt.
     """
     setting.take()
     for example in setting.examples:
         _check(example)
-    counts = [len(example.fields["instruction_id_list"]) for example in setting.examples]
-    mean = sum(counts) / len(counts) if counts else 1.0
 
     def judge(judged: Judged) -> Verdict:
         strict, loose = followed(judged.text, judged.fields["instruction_id_list"], judged.fields["kwargs"])
-        metrics = {
-            "prompt_level_strict_acc": float(all(strict)),
-            "prompt_level_loose_acc": float(all(loose)),
-            "inst_level_strict_acc": sum(strict) / mean,
-            "inst_level_loose_acc": sum(loose) / mean,
-        }
+        metrics = {"prompt_level_strict_acc": float(all(strict)), "prompt_level_loose_acc": float(all(loose))}
+        for name, results in (("inst_level_strict_acc", strict), ("inst_level_loose_acc", loose)):
+            metrics |= {f"{name}.sum": float(sum(results)), f"{name}.count": float(len(results))}
         return Verdict(metrics, {"instructions": list(judged.fields["instruction_id_list"]), "strict": strict, "loose": loose})
 
-    return Metric(("prompt_level_strict_acc", "inst_level_strict_acc", "prompt_level_loose_acc", "inst_level_loose_acc"), judge)
+    return Metric(("prompt_level_strict_acc", "prompt_level_loose_acc"), judge)
 
 
 def _check(example: Example) -> None:

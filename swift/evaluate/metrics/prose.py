@@ -4,40 +4,54 @@ import re
 
 # Behind these a full stop ends no sentence.
 _SHORT = frozenset(
-    "mr mrs ms dr prof rev hon st jr sr gen col capt lt sgt maj gov sen rep pres inc co corp ltd bros vs approx dept est fig"
-    " jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun ave blvd rd mt ft e.g i.e a.m p.m u.s u.k u.n"
-    " d.c ph.d b.a m.a vol ed eds cf al no".split()
+    "mr mrs ms dr prof rev hon st jr sr gen col capt lt sgt maj gov sen rep pres inc co corp ltd bros vs approx dept"
+    " jan feb aug sep sept oct nov dec ave blvd rd a.m p.m u.s u.k u.n d.c ph.d b.a m.a".split()
 )
 # Words that begin a sentence even so.
-_STARTERS = frozenset("the a an this that these those it he she they we i you in on at but and however if when as there his her".split())
-_END = re.compile(r"(\S*?)([.?!]+)([\"'”’)\]}*_]*)(?=\s+(\S+)|\s*$)")
+_STARTERS = frozenset(
+    "the a an this that these those it he she they we i you in on at but and however if when as there his her with for so oh"
+    " let my your our its what how who to of from by after before then now not no yes all some each".split()
+)
+# A sign counts before white space or one of these signs.
+_END = re.compile(r"[.?!]+(?=\s|$|[)\"';}\]*:@({\[])")
+_CLOSING = re.compile(r"[\"')\]}]*")
 _CONTRACTION = re.compile(r"(?i)^(.+?)(n't|'(?:s|m|d|ll|re|ve))$")
 _JOINED = {"cannot": 2, "gimme": 2, "gonna": 2, "gotta": 2, "lemme": 2, "wanna": 2}
 
 
 def count_sentences(text: str) -> int:
-    """A sentence ends with . ? or ! before white space, whatever follows; new lines alone end none.
+    """How many ``sentences`` there are."""
+    return len(sentences(text))
 
-    No sentence ends behind an abbreviation or a single initial, unless a word that begins sentences follows.
+
+def sentences(text: str) -> list[str]:
+    """A sentence ends with . ? or ! before white space or a bracket, quote or colon, whatever follows; new lines alone end none.
+
+    No sentence ends behind an abbreviation or a single initial, unless a word that begins sentences follows, nor behind a number
+    or an ellipsis in a sentence that goes on in lower case. Closing quotes and brackets belong to what they close.
     """
-    count, begin = 0, 0
+    found, begin = [], 0
     for match in _END.finditer(text):
-        word, signs, _, follower = match.groups()
-        if signs == "." and follower is not None and not _ends(word, follower):
+        if set(match[0]) == {"."} and not _ends(text[begin : match.start()], match[0], text[match.end() :].lstrip(" \n\t\"')]}([*_“‘")):
             continue
-        if set(signs) == {"."} and len(signs) > 1 and follower is not None and not follower.lstrip("\"'“‘([*_")[:1].isupper():
-            continue  # an ellipsis within a sentence
-        count += bool(text[begin : match.end()].strip())
+        found.append(text[begin : match.end()].strip())
         begin = match.end()
-    return count + bool(text[begin:].strip())
+    return [one for one in (*found, text[begin:].strip()) if not _CLOSING.fullmatch(one)]
 
 
-def _ends(word: str, follower: str) -> bool:
-    bare = word.lstrip("\"'“‘([*_").lower()
-    next_word = follower.strip("\"'“”‘’()[]*_,.;:!?")
-    if bare in _SHORT or re.fullmatch(r"(?:[a-z]\.)+[a-z]", bare):
+def _ends(before: str, signs: str, after: str) -> bool:
+    """Whether full stops between these texts end a sentence."""
+    next_word = re.match(r"[^\W_]*", after)[0]  # type: ignore[index]  # it always matches
+    if not after:
+        return True
+    if len(signs) > 1:
+        return next_word[:1].isupper()
+    word = before.split()[-1].lstrip("\"'“‘([*_").lower() if before.strip() else ""
+    if re.fullmatch(r"\d+", word):
+        return not next_word[:1].islower()
+    if word in _SHORT or (re.fullmatch("[a-z]", word) and word != "i"):
         return next_word[:1].isupper() and next_word.lower() in _STARTERS
-    return not (re.fullmatch("[a-z]", bare) and bare != "i" and next_word[:1].isupper())
+    return True
 
 
 def count_words(text: str) -> int:
