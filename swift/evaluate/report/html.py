@@ -130,7 +130,7 @@ class _View:
         for name in dict.fromkeys(name for of in found for name in of):
             each: list[Category | Group | None] = [of.get(name) for of in found]
             values = [one.value if one else None for one in each]
-            marks = [self._mark(result.model, value, part) for result, value in zip(part.results, values, strict=True) if value]
+            marks = [self._mark(result.model, value, part) if value else None for result, value in zip(part.results, values, strict=True)]
             macros = [one.macro if isinstance(one, Group) else None for one in each]
             group = next((one.group for one in each if isinstance(one, Category)), "")
             counts = list(dict.fromkeys(f"{value.count:,}" for value in values if value))
