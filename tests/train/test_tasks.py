@@ -211,11 +211,12 @@ def state(model):
 
 
 def assert_refused_before_the_model_loads(run, tiny_model, tmp_path, error, words, **options):
-    """``tiny_model`` without its weights: whoever loads it fails otherwise."""
-    empty = tmp_path / "no-weights"
-    shutil.copytree(tiny_model, empty, ignore=shutil.ignore_patterns("*.safetensors"))
+    """``tiny_model`` with weights that cannot be read: whoever loads it fails otherwise."""
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    (broken / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(error, match=words):
-        run("refused", model=str(empty), **options)
+        run("refused", model=str(broken), **options)
     assert not (tmp_path / "refused").exists()
 
 
