@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,8 @@ from swift.engine.answers import Gathered
 from swift.engine.base import Completion, Delta, Media, Request, Sampling
 from swift.engine.growing import Growing, check_request, decoder, refuse_unknown, room_after
 from swift.engine.media import image_inputs
+from swift.engine.scoring import Score, Text
+from swift.engine.forward import ForwardScorer
 from swift.engine.writer import Writer
 from swift.errors import DataError
 from swift.model.load import Loaded, end_tokens
@@ -77,6 +79,10 @@ class TransformersEngine:
         self._under_way.discard(id)
         if not self._under_way:
             self._deltas.close()
+
+    def scores(self, texts: Sequence[Text]) -> Iterator[tuple[int, Score]]:
+        """See Scorer."""
+        return ForwardScorer(self.loaded.model).scores(texts)
 
     def close(self) -> None:
         """See Engine."""
