@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from swift import hub
+from swift.data.sources import BUILT_IN
 from swift.errors import DataError, HubError, near
 from swift.evaluate.settings import Settings
 from swift.evaluate.spec import Layout, TaskSpec, normal, task_names
@@ -41,7 +42,10 @@ def locate(spec: TaskSpec, settings: Settings, splits: Sequence[str]) -> Located
         named = _own_folder(spec, folder)
         if named is not None and (found := _find(spec, named, splits)) is not None:
             return found
-        return _local(spec, folder, splits, "--eval_data_dir")
+        if spec.source.built_in is None:
+            return _local(spec, folder, splits, "--eval_data_dir")
+    if spec.source.built_in is not None:
+        return _local(spec, BUILT_IN[spec.source.built_in], splits, f"built-in data of {spec.name}")
     if not spec.source.hub:
         raise DataError(
             f"task {spec.name} needs your data", hint=f'--eval_dataset_args \'{{"{spec.name}": {{"local_path": "FILE or FOLDER"}}}}\''

@@ -61,7 +61,7 @@ def read(spec: TaskSpec, settings: Settings) -> Data:
     for category in dict.fromkeys(example.category for example in examples) if settings.num_fewshot else ():
         _check_shots(spec, settings, located.source, category, len(shots.get(category, shots.get("", []))))
     kept = _first(examples, settings.limit)
-    if missing := len(set(spec.category_names) - {example.category for example in examples}) if not settings.subsets else 0:
+    if missing := _num_missing(spec, settings, examples):
         counts["subjects of which there are no data"] = missing
     return Data(kept, shots, located.source, digest, reader.where, dict(counts))
 
@@ -94,12 +94,22 @@ def _chosen(spec: TaskSpec, settings: Settings, located: Located, split: str) ->
     there = {file.category for file in found}
     if there == {""}:
         raise DataError(f"task {spec.name} has no subjects in its data, so subset_list has no effect", hint="leave subset_list out")
+    wanted: dict[str, None] = {}
     for name in settings.subsets:
-        if name not in there:
+        inside = [name] if name in there else [category for category in spec.groups.get(name, ()) if category in there]
+        if not inside:
             match = near(name, there)
             hint = f"did you mean {match!r}?" if match else f"there are: {', '.join(sorted(there)[:8])}"
             raise DataError(f"{located.source}: split {split} has no subject {name!r}", hint=hint)
-    return [file for name in settings.subsets for file in found if file.category == name]
+        wanted |= dict.fromkeys(inside)
+    return [file for name in wanted for file in found if file.category == name]
+
+
+def _num_missing(spec: TaskSpec, settings: Settings, examples: Iterable[Example]) -> int:
+    """How many declared subjects, of those that are wanted, have no examples."""
+    names = settings.subsets or tuple(spec.groups)
+    wanted = {category for name in names for category in spec.groups.get(name, (name,))}
+    return len(wanted - {example.category for example in examples})
 
 
 class _Reader:
@@ -135,6 +145,8 @@ class _Reader:
                 if reason is not None:
                     self.counts[reason] += 1
                     continue
+                if (empty := next((name for name in self.needed if row[name] is None), None)) is not None:
+                    raise DataError(f"{where}: column {empty!r} has no value", hint="fill it, or leave the row out")
                 self.where[id] = where
                 found.append(Example(id, file.category, fields))
         return found
@@ -143,7 +155,7 @@ class _Reader:
         if not isinstance(row, dict):
             raise DataError(f"{where}: a row is a {type(row).__name__}, not an object with columns")
         for name in self.needed:
-            if row.get(name) is None:
+            if name not in row:
                 raise self._missing(where, name, row)
         fields = dict(row)
         for name, expression in [*self.layout.fields.items(), *self.spec.fields.items()]:
@@ -154,8 +166,6 @@ class _Reader:
         return scope(fields, category, self.names)
 
     def _missing(self, where: str, name: str, row: Mapping[str, Any]) -> DataError:
-        if name in row:
-            return DataError(f"{where}: column {name!r} has no value")
         shown = ", ".join(repr(column) for column in list(row)[:12])
         match = near(name, row) or next((column for column in row if column.lower() == name.lower()), None)
         return DataError(f"{where}: column {name!r} is missing; found {shown}", hint=f"is it {match!r}? rename it" if match else None)

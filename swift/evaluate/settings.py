@@ -115,22 +115,17 @@ def _text(spec: TaskSpec, given: Mapping[str, Any], name: str) -> str | None:
 
 
 def _subsets(spec: TaskSpec, given: Any) -> tuple[str, ...]:
-    """The categories that are wanted. ConfigError for one that the declaration does not know."""
+    """The categories and groups that are wanted. ConfigError for one that the declaration does not know."""
     if given is None:
         return ()
     if isinstance(given, str):
         given = [given]
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
         raise ConfigError(f"--eval_dataset_args: subset_list of {spec.name} is {given!r}", hint='write ["astronomy", "law"]')
-    known = spec.category_names
-    wanted: list[str] = []
+    known = [*spec.category_names, *spec.groups]
     for name in given:
-        if not known or name in known:
-            wanted.append(name)
-        elif name in spec.groups:
-            wanted += spec.groups[name]
-        else:
-            match = near(name, [*known, *spec.groups])
+        if known and name not in known:
+            match = near(name, known)
             hint = f"did you mean {match!r}?" if match else f"known groups: {', '.join(spec.groups)}"
             raise ConfigError(f"task {spec.name} has no subject {name!r}", hint=hint)
-    return tuple(dict.fromkeys(wanted))
+    return tuple(dict.fromkeys(given))

@@ -36,10 +36,11 @@ class Layout(Declared, frozen=True, kw_only=True):
 
 
 class Source(Declared, frozen=True, kw_only=True):
-    """``hub`` are references of data sets (hf::ORG/NAME, ms::ORG/NAME), ``layouts`` are tried in order."""
+    """``hub`` names data sets (hf::ORG/NAME, ms::ORG/NAME), ``built_in`` one that comes along; ``layouts`` are tried in order."""
 
     layouts: list[Layout]
     hub: list[str] = []
+    built_in: str | None = None
 
 
 class Shots(Declared, frozen=True, kw_only=True):

@@ -100,15 +100,19 @@ def test_a_changed_answer_changes_the_digest(tmp_path: Path) -> None:
     assert data_of("mmlu", tmp_path).digest != before
 
 
-def test_subsets_are_subjects_or_groups(tmp_path: Path) -> None:
-    make_mmlu(tmp_path)
-    for wanted in (["marketing"], ["Other"]):
-        if wanted == ["Other"]:
-            said = refusal("mmlu", tmp_path, eval_dataset_args={"mmlu": {"subset_list": wanted}})
-            assert said.message.endswith("split test has no subject 'anatomy'")
-        else:
-            data = data_of("mmlu", tmp_path, eval_dataset_args={"mmlu": {"subset_list": wanted, "few_shot_num": 2}})
-            assert [example.id for example in data.examples] == ["marketing/0"]
+@pytest.mark.parametrize(
+    ("wanted", "ids", "missing"),
+    [(["marketing"], ["marketing/0"], 0), (["Other"], ["marketing/0"], 13), (["STEM", "astronomy"], ["astronomy/0", "astronomy/1"], 17)],
+)
+def test_subsets_are_subjects_or_groups(tmp_path: Path, wanted: list[str], ids: list[str], missing: int) -> None:
+    data = data_of("mmlu", make_mmlu(tmp_path), eval_dataset_args={"mmlu": {"subset_list": wanted, "few_shot_num": 2}})
+    assert [example.id for example in data.examples] == ids
+    assert data.counts.get("subjects of which there are no data", 0) == missing
+
+
+def test_a_subject_without_a_file_is_refused(tmp_path: Path) -> None:
+    said = refusal("mmlu", make_mmlu(tmp_path), eval_dataset_args={"mmlu": {"subset_list": ["virology"]}})
+    assert said.message == f"{tmp_path}: split test has no subject 'virology'"
 
 
 def test_a_file_of_the_user_is_a_task(tmp_path: Path) -> None:
@@ -142,6 +146,12 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path) -> 
     said = refusal("ceval", tmp_path)
     assert said.message == f"{path}:2: column 'question' is missing; found 'id', 'Question', 'A', 'B', 'C', 'D', 'answer'"
     assert said.hint == "is it 'Question'? rename it"
+
+
+def test_a_column_without_a_value_is_named_unless_the_row_is_left_out(tmp_path: Path) -> None:
+    rows = '{"sentence1": "a", "sentence2": "b", "label": "-"}\n{"sentence1": "a", "sentence2": null, "label": "-"}\n'
+    path = write(tmp_path / "dev.json", rows + '{"sentence1": "a", "sentence2": null, "label": "neutral"}\n')
+    assert refusal("ocnli", tmp_path).message == f"{path}:3: column 'sentence2' has no value"
 
 
 def test_a_row_with_too_many_fields_is_named(tmp_path: Path) -> None:
@@ -232,3 +242,13 @@ def test_a_mode_that_the_task_does_not_have_is_refused() -> None:
     with pytest.raises(ConfigError, match="task gsm8k has no mode letter") as caught:
         settings_of(spec, eval_config(eval_mode="letter"))
     assert caught.value.hint == "it has: generate"
+
+
+def test_built_in_data_are_read_beside_a_folder_of_other_tasks(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "notices.yaml",
+        "name: notices\ntitle: Notices\nlicence: MIT\nsplit: validation\n"
+        "source: {built_in: snow-alerts, layouts: [{splits: {validation: [validation.jsonl]}}]}\n"
+        'modes:\n  perplexity: {text: "{{ messages[2].content }}"}\n',
+    )
+    assert data_of(str(path)).digest == data_of(str(path), make_mmlu(tmp_path / "data")).digest

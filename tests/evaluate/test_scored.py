@@ -80,10 +80,10 @@ def test_the_likeliest_letter_is_the_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metric", "golds", "expected"),
     [
-        # "no" -4, "certainly" -9, "真的" -5; without the question -1, -8, -5.
+        # Log-probabilities -4, -9, -5; without the question -1, -8, -5; 2, 9, 2 characters, 2, 9, 6 bytes.
         ("acc", [0], 1.0),
-        ("acc_norm", [1], 1.0),  # by characters: -2, -1, -2.5
-        ("acc_bytes", [2], 1.0),  # by bytes: -2, -1, -5/6
+        ("acc_norm", [1], 1.0),  # -2, -1, -2.5
+        ("acc_bytes", [2], 1.0),  # -2, -1, -5 / 6
         ("acc_mutual_info", [2], 1.0),  # -3, -1, 0
         ("acc_mutual_info", [0, 1], 0.0),
         # exp(-4) / (exp(-4) + exp(-9) + exp(-5)) = 1 / (1 + exp(-5) + exp(-1)) = 1 / 1.37462
