@@ -11,10 +11,10 @@ import torch
 from swift.config.generate import GenerateConfig
 from swift.engine.answers import Gathered
 from swift.engine.base import Completion, Delta, Media, Request, Sampling
+from swift.engine.forward import ForwardScorer
 from swift.engine.growing import Growing, check_request, decoder, refuse_unknown, room_after
 from swift.engine.media import image_inputs
 from swift.engine.scoring import Score, Text
-from swift.engine.forward import ForwardScorer
 from swift.engine.writer import Writer
 from swift.errors import DataError
 from swift.model.load import Loaded, end_tokens

@@ -57,7 +57,8 @@ def task_text(task: Task) -> str:
 def evaluate_tasks(live: LiveEvaluation, loaded: Loaded, model: Any, *, is_compiled: bool = False) -> dict[str, float]:
     """The metrics of all tasks by names that begin with eval_, and the seconds they took.
 
-    They are computed in the precision of the weights, as after training, whatever the steps compute in. A metric that no answer has a finite value of is left out.
+    They are computed in the precision of the weights, as after training, whatever the steps compute in. A metric that no
+    answer has a finite value of is left out.
     """
     begin = time.monotonic()
     # Compiled blocks would be compiled anew for each shape of a pass.

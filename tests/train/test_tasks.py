@@ -185,7 +185,7 @@ def test_no_tensor_of_an_evaluation_stays_in_memory(run, tasks, monkeypatch):
 
 def tensors():
     gc.collect()
-    return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+    return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
 
 
 def test_modes_of_modules_and_attention_are_what_they_were(run, tasks, monkeypatch):
@@ -210,42 +210,41 @@ def state(model):
     return modes, model.config._attn_implementation, model.config.use_cache, torch.get_rng_state().tolist()
 
 
-def assert_refused_before_the_model_loads(run, tiny_model, tmp_path, error, words, **options):
-    """``tiny_model`` with weights that cannot be read: whoever loads it fails otherwise."""
-    broken = tmp_path / "broken"
-    shutil.copytree(tiny_model, broken)
-    (broken / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(error, match=words):
-        run("refused", model=str(broken), **options)
-    assert not (tmp_path / "refused").exists()
+@pytest.fixture
+def refused(run, tmp_path, monkeypatch):
+    """A run that must end with an error before it loads weights or writes anything."""
+
+    def start(error, words, **options):
+        monkeypatch.setattr("swift.train.run.load_for_training", lambda *_: pytest.fail("the model is loaded"))
+        with pytest.raises(error, match=words):
+            run("refused", **options)
+        assert not (tmp_path / "refused").exists()
+
+    return start
 
 
-def test_an_unknown_task_is_refused_before_the_model_loads(run, tiny_model, tmp_path):
-    assert_refused_before_the_model_loads(run, tiny_model, tmp_path, ConfigError, "mmul", eval_dataset=["mmul"])
+def test_an_unknown_task_is_refused_before_the_model_loads(refused):
+    refused(ConfigError, "mmul", eval_dataset=["mmul"])
 
 
-def test_missing_data_are_refused_before_the_model_loads(run, tiny_model, tmp_path, task):
-    path, options = task(), dict(eval_data_dir=str(tmp_path))
+def test_missing_data_are_refused_before_the_model_loads(refused, task, tmp_path):
+    path = task()
     (tmp_path / "winter.jsonl").unlink()
-    assert_refused_before_the_model_loads(run, tiny_model, tmp_path, DataError, "no data of task winter", eval_dataset=[path], **options)
+    refused(DataError, "no data of task winter", eval_dataset=[path], eval_data_dir=str(tmp_path))
 
 
-def test_a_missing_column_is_refused_before_the_model_loads(run, tiny_model, tmp_path, task):
-    path, options = task(), dict(eval_data_dir=str(tmp_path))
-    (tmp_path / "winter.jsonl").write_text('{"question": "q", "answer": 0}\n')
-    assert_refused_before_the_model_loads(
-        run, tiny_model, tmp_path, DataError, "column 'choices' is missing", eval_dataset=[path], **options
-    )
+def test_a_missing_column_is_refused_before_the_model_loads(refused, task, tmp_path):
+    path = task()
+    (tmp_path / "winter.jsonl").write_text('{"question": "q", "answer": 0}\n', encoding="utf-8")
+    refused(DataError, "column 'choices' is missing", eval_dataset=[path], eval_data_dir=str(tmp_path))
 
 
-def test_an_unknown_metric_is_refused_before_the_model_loads(run, tiny_model, tmp_path, tasks):
-    options = dict(tasks, metric_for_best_model="winter_accuracy")
-    assert_refused_before_the_model_loads(run, tiny_model, tmp_path, ConfigError, "does not know 'winter_accuracy'", **options)
+def test_an_unknown_metric_is_refused_before_the_model_loads(refused, tasks):
+    refused(ConfigError, "does not know 'winter_accuracy'", **tasks, metric_for_best_model="winter_accuracy")
 
 
-def test_the_loss_cannot_choose_without_validation_rows(run, tiny_model, tmp_path, tasks):
-    options = dict(tasks, metric_for_best_model="loss")
-    assert_refused_before_the_model_loads(run, tiny_model, tmp_path, ConfigError, "loss needs validation data", **options)
+def test_the_loss_cannot_choose_without_validation_rows(refused, tasks):
+    refused(ConfigError, "loss needs validation data", **tasks, metric_for_best_model="loss")
 
 
 @pytest.mark.parametrize(
