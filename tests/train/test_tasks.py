@@ -67,19 +67,18 @@ def weights(result):
     "options",
     [
         dict(tuner_type="full", learning_rate=1e-3),
-        dict(lora_dropout=0.05),
-        dict(lora_dropout=0),
-        dict(packing=True, max_length=64),
-        dict(padding_free=False, lora_dropout=0.05),
+        dict(lora_dropout=0),  # the update is inside the weights
+        dict(lora_dropout=0.05, packing=True, max_length=64),
+        dict(lora_dropout=0.05, padding_free=False),
         dict(bf16=True),
         dict(torch_dtype="bfloat16", lora_dropout=0),
-        dict(neftune_noise_alpha=5.0),
-        dict(gradient_checkpointing=True),
+        dict(gradient_checkpointing=True, neftune_noise_alpha=5.0),
         dict(quant_method="bnb", quant_bits=4),
     ],
     ids=str,
 )
 def test_training_with_tasks_is_training_without_them_bit_for_bit(run, tasks, options):
+    options |= dict(max_steps=3)
     without, with_tasks = run("without", **options), run("with", **options, **tasks)
     assert losses(with_tasks) == losses(without)
     expected, found = weights(without), weights(with_tasks)
@@ -88,12 +87,12 @@ def test_training_with_tasks_is_training_without_them_bit_for_bit(run, tasks, op
 
 
 def test_the_numbers_are_logged_at_each_evaluation_and_are_those_of_the_checkpoint(run, tasks):
-    result = run(**tasks, tuner_type="full", learning_rate=1e-2, save_steps=2)
+    result = run(**tasks, tuner_type="full", save_steps=2, max_steps=5)
     found = {line["step"]: line for line in metrics(result) if "eval_winter_acc" in line}
-    assert list(found) == [0, 2, 4, 6]
-    for step in (2, 4, 6):
+    assert list(found) == [0, 2, 4, 5]
+    for step in (2, 4, 5):
         assert found[step]["eval_winter_acc"] == by_hand(result.run / f"checkpoint-{step}"), step
-    assert found[6]["eval_winter_acc_low"] < found[6]["eval_winter_acc"] + 1e-9 < found[6]["eval_winter_acc_high"] + 2e-9
+    assert found[5]["eval_winter_acc_low"] <= found[5]["eval_winter_acc"] <= found[5]["eval_winter_acc_high"]
     line = json.loads((result.run / "logging.jsonl").read_text().splitlines()[0])
     assert line["eval_winter_acc"] == pytest.approx(found[0]["eval_winter_acc"])
 
@@ -152,10 +151,9 @@ def test_the_report_has_a_table_with_intervals_and_a_plot(run, tasks):
 
 
 def test_a_resumed_run_with_tasks_is_the_uninterrupted_one_bit_for_bit(run, tasks):
-    options = dict(tasks, save_steps=2, max_steps=8)
+    options = dict(tasks, save_steps=2, max_steps=4)
     whole, part = run("whole", **options), run("part", **options)
-    for step in (6, 8):  # as if it had been killed after step 5
-        shutil.move(part.run / f"checkpoint-{step}", part.run.parent / f"lost-{step}")
+    shutil.move(part.run / "checkpoint-4", part.run.parent / "lost")  # as if it had been killed after step 3
     resumed = run("part", **options, resume_from_checkpoint=str(part.run))
     assert untimed(metrics(resumed)) == untimed(metrics(whole))
     assert (resumed.run / "report.md").read_text().count("at step 0") == 2
