@@ -1,8 +1,6 @@
 """What runs where VLMEvalKit is installed (PyPI: ms-vlmeval): its own arguments asked, and its own run."""
 
 import ast
-import contextlib
-import json
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -11,7 +9,7 @@ from typing import Any
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:
-    """The names of its arguments, read from its source: importing it takes torch, torchvision and a minute."""
+    """The names of its arguments, read from its source: importing it takes torch and torchvision."""
     found = find_spec("vlmeval")
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError("no vlmeval", name="vlmeval")
@@ -22,14 +20,11 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate; VLMEvalKit writes its files below ``work_dir``. What it made of each data set stands in the answer."""
+    """Evaluate; VLMEvalKit writes its files below ``work_dir``. The answer holds its summary, a row a data set."""
     arguments: Any = import_module("vlmeval.utils.arguments")
     library: Any = import_module("vlmeval.run")
+    report: Any = import_module("vlmeval.smp").collect_run_benchmark_report
     library.run_task(arguments.Arguments(**job["options"]))
-    tables: dict[str, dict[str, str]] = {}
     folder = Path(job["options"]["work_dir"])
-    for task in job["options"]["data"]:
-        for file in sorted(folder.rglob(f"*_{task}_*acc.csv")) + sorted(folder.rglob(f"*_{task}_*score.json")):
-            with contextlib.suppress(OSError):
-                tables.setdefault(task, {})[file.name] = file.read_text(encoding="utf-8")
-    return {"version": version("ms-vlmeval"), "tables": json.loads(json.dumps(tables))}
+    rows = [row for file in sorted(folder.rglob("status.json")) for row in report(str(file.parent))]
+    return {"version": version("ms-vlmeval"), "rows": rows}
