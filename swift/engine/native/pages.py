@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +54,22 @@ class PagedCache:
                 for copy in copies:
                     source, target = copy.source * size, copy.target * size
                     places[target : target + copy.num_tokens] = places[source : source + copy.num_tokens]
+
+
+class Attention(Protocol):
+    """The attention of one pass, over a cache that it writes to."""
+
+    cache: PagedCache
+    written: Tensor
+    """(T,) the places of the row's keys and values."""
+
+    @property
+    def whole_table(self) -> "Table | None":
+        """For the compiled kernel, if it attends for all queries of the row in their order."""
+
+    def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """(1, T, H, d) from query (1, H, T, d), key and value (1, G, T, d)."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +131,7 @@ class Pages:
                 places = self._longer_places(piece)
                 k, v = (part.index_select(0, places).transpose(0, 1)[None] for part in (keys, values))
             mask = self._mask(piece.length, piece.context, sliding_window)
-            output[row] = _attend(query[:, :, row], k, v, mask, scaling, *extra)[0].transpose(0, 1)
+            output[row] = attend(query[:, :, row], k, v, mask, scaling, *extra)[0].transpose(0, 1)
         if self.kernel is not None:
             if self.short:
                 self._in_place(query, keys, values, scaling, sliding_window, softcap, s_aux, output)
@@ -123,7 +139,7 @@ class Pages:
         for group in self._grouped(sliding_window):
             q = query[0, :, group.rows].transpose(0, 1).unsqueeze(2)  # (B, H, 1, d)
             k, v = (part.index_select(0, group.places).unflatten(0, group.shape).transpose(1, 2) for part in (keys, values))
-            output[group.rows] = _attend(q, k, v, group.mask, scaling, *extra)[:, :, 0]
+            output[group.rows] = attend(q, k, v, group.mask, scaling, *extra)[:, :, 0]
         return output[None]
 
     def _in_place(
@@ -179,6 +195,11 @@ class Pages:
         if self.longer:
             rows = torch.tensor([piece.begin + turn for piece in self.short for turn in range(piece.length)])
         return Table(rows, torch.tensor(blocks, dtype=torch.int32), torch.tensor(context, dtype=torch.int32))
+
+    @property
+    def whole_table(self) -> "Table | None":
+        """See Attention."""
+        return None if self.longer else self.table
 
     def _longer_places(self, piece: Piece) -> Tensor:
         return _places(piece.blocks, self.cache.block_size, piece.context).to(self.device)
@@ -270,7 +291,7 @@ def _places(blocks: tuple[int, ...], size: int, count: int) -> Tensor:
     return (torch.tensor(blocks)[:, None] * size + torch.arange(size)).flatten()[:count]
 
 
-def _attend(
+def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, s_aux: Tensor | None
 ) -> Tensor:
     """(B, H, Q, d) from query (B, H, Q, d), key and value (B, G, K, d). Without a mask the kernels' own causal one."""

@@ -20,7 +20,7 @@ from swift.engine.native.adapters import Updates
 from swift.engine.native.compiled import kernels
 from swift.engine.native.instructions import NUM_INPUTS, WORDS, Encoder, Slots, constants_of, gated
 from swift.engine.native.packed import CompiledNorm, PackedLinear
-from swift.engine.native.pages import PagedCache, Pages, Piece
+from swift.engine.native.pages import Attention, PagedCache, Pages, Piece
 from swift.engine.native.tape import Step, Tape, Untraceable, View, needed
 from swift.errors import first_line
 from swift.model.attention import NO_MASK_SHAPE
@@ -108,17 +108,17 @@ class Program:
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._bound: tuple[int, np.ndarray] = (0, self._words.base)
 
-    def run(self, ids_T: Tensor, positions_T: Tensor, pages: Pages, updates: Updates | None = None) -> Tensor:
+    def run(self, ids_T: Tensor, positions_T: Tensor, pages: Attention, updates: Updates | None = None) -> Tensor:
         """(T, D), with what adapters add to the rows; the next call writes over it."""
         num_rows = len(ids_T)
         program = self._at(num_rows)
         layers = [pages.cache.float32(attend.layer.layer_idx, *attend.shapes) for attend in self._attends]
         caches = _pointers([part for pair in layers for part in pair])
         given = [0, self._workspace.data_ptr(), ids_T.data_ptr(), positions_T.data_ptr(), pages.written.data_ptr()]
-        if pages.longer:
+        table = pages.whole_table
+        if table is None:
             given += [0] * 6
         else:
-            table = pages.table
             firsts = [table.first(window) for window in self._windows]
             windows = _pointers(firsts)
             given += [table.blocks.data_ptr(), table.blocks.shape[1], table.context.data_ptr(), pages.cache.block_size]
@@ -126,7 +126,7 @@ class Program:
         given += [0, 0] if updates is None else [len(updates.parts), updates.parts.ctypes.data]
         words = (ctypes.c_int64 * len(given))(*given)
         begin = 0
-        if pages.longer:  # many queries of one sequence: torch's kernels are the better ones
+        if table is None:  # many queries of one sequence: torch's kernels are the better ones
             for attend in self._attends:
                 self._run(program.ctypes.data, begin, attend.index, words)
                 query, key, value, out = (self._tensor(view) for view in attend.views)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from swift.engine.native.adapters import Adapters
 from swift.engine.native.compiled import kernels
 from swift.engine.native.packed import Format, Packed, pack_model
-from swift.engine.native.pages import PagedCache, Pages, Piece
+from swift.engine.native.pages import Attention, PagedCache, Pages, Piece
 from swift.engine.native.program import Program, program_of
 from swift.engine.native.scheduler import Part, Pass
 from swift.errors import ModelError
@@ -91,6 +91,19 @@ class Runner:
         inputs = {"input_ids": ids, "position_ids": positions} if images is None else images
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         return self.policy.logits(rows_K, **inputs, attention_mask=mask, attend=pages)
+
+    def states(self, ids_T: Tensor, positions_T: Tensor, attend: Attention, adapter: str | None = None) -> Tensor:
+        """(T, D) last hidden states of one row of tokens, whose attention is ``attend``: what ``policy.logits_of`` takes.
+
+        The next pass may write over them. The caller decides about gradients.
+        """
+        self.adapters.use([(adapter, 0, len(ids_T))], self.device)
+        updates = None if self.program is None else self.adapters.updates(self.program.linears)
+        if self.program is not None and updates is not None:
+            return self.program.run(ids_T, positions_T, attend, updates)
+        inputs = {"input_ids": ids_T[None].to(self.device), "position_ids": positions_T[None].to(self.device)}
+        mask = torch.zeros(NO_MASK_SHAPE, dtype=torch.bool, device=self.device)
+        return self.policy.states(**inputs, attention_mask=mask, attend=attend)
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:

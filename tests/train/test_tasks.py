@@ -1,0 +1,284 @@
+"""Tasks that are evaluated while training leave no trace in it, and their numbers are those of the model at that step."""
+
+import gc
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from swift.errors import ConfigError, DataError
+from tests.train.conftest import losses, metrics
+
+QUESTIONS = [
+    ("what falls in winter", ["snow", "sand", "the sea"], 0),
+    ("who walks slowly on ice", ["the wind", "everybody", "nobody at all"], 1),
+    ("what melts in spring", ["roads", "iron", "snow and ice"], 2),
+    ("what is cold", ["frost", "fire", "summer"], 0),
+    ("what is white", ["coal", "snow", "night"], 1),
+]
+
+
+@pytest.fixture
+def task(tmp_path):
+    """A declaration of five questions beside its data, in modes choice and generate; ``changes`` are of the declaration."""
+
+    def declare(name="winter", **changes):
+        lines = [{"question": question, "choices": choices, "answer": answer} for question, choices, answer in QUESTIONS]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        prompt = "Question: {{ question }}\nAnswer:"
+        declared = {
+            "name": name,
+            "title": "Winter",
+            "licence": "CC0-1.0",
+            "source": {"layouts": [{"splits": {"test": [f"{name}.jsonl"]}}]},
+            "split": "test",
+            "modes": {
+                "choice": {"prompt": prompt, "choices": "choices", "gold": "answer"},
+                "generate": {"prompt": prompt, "gold": "choices[answer]", "max_new_tokens": 5, "extract": "text"},
+            },
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(declared | changes), encoding="utf-8")
+        return str(path)
+
+    return declare
+
+
+@pytest.fixture
+def tasks(task, tmp_path):
+    """Options that evaluate a task whose answers are scored, and one whose answers are written."""
+    written = task(
+        "written", modes={"generate": {"prompt": "Q: {{ question }}", "gold": "choices[answer]", "max_new_tokens": 5, "extract": "text"}}
+    )
+    return dict(eval_dataset=[task(), written], eval_data_dir=str(tmp_path), eval_steps=2, eval_on_start=True)
+
+
+def weights(result):
+    names = ("adapter_model.safetensors", "model.safetensors")
+    return load_file(next(path for name in names if (path := result.checkpoint / name).exists()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(tuner_type="full", learning_rate=1e-3),
+        dict(lora_dropout=0.05),
+        dict(lora_dropout=0),
+        dict(packing=True, max_length=64),
+        dict(padding_free=False, lora_dropout=0.05),
+        dict(bf16=True),
+        dict(torch_dtype="bfloat16", lora_dropout=0),
+        dict(neftune_noise_alpha=5.0),
+        dict(gradient_checkpointing=True),
+        dict(quant_method="bnb", quant_bits=4),
+    ],
+    ids=str,
+)
+def test_training_with_tasks_is_training_without_them_bit_for_bit(run, tasks, options):
+    without, with_tasks = run("without", **options), run("with", **options, **tasks)
+    assert losses(with_tasks) == losses(without)
+    expected, found = weights(without), weights(with_tasks)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_the_numbers_are_logged_at_each_evaluation_and_are_those_of_the_checkpoint(run, tasks):
+    result = run(**tasks, tuner_type="full", learning_rate=1e-2, save_steps=2)
+    found = {line["step"]: line for line in metrics(result) if "eval_winter_acc" in line}
+    assert list(found) == [0, 2, 4, 6]
+    for step in (2, 4, 6):
+        assert found[step]["eval_winter_acc"] == by_hand(result.run / f"checkpoint-{step}"), step
+    assert found[6]["eval_winter_acc_low"] < found[6]["eval_winter_acc"] + 1e-9 < found[6]["eval_winter_acc_high"] + 2e-9
+    line = json.loads((result.run / "logging.jsonl").read_text().splitlines()[0])
+    assert line["eval_winter_acc"] == pytest.approx(found[0]["eval_winter_acc"])
+
+
+def by_hand(checkpoint):
+    """The share of questions whose right choice is the likeliest text, by transformers alone, one text after the other."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    right = 0
+    for question, choices, answer in QUESTIONS:
+        totals = []
+        for choice in choices:
+            prompt = f"Question: {question}\nAnswer:"
+            start = len(tokenizer(prompt).input_ids)
+            ids = torch.tensor([tokenizer(f"{prompt} {choice}").input_ids])
+            with torch.no_grad():
+                logprobs = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+            totals.append(float(logprobs.gather(1, ids[0, start:, None]).sum()))
+        right += max(range(len(choices)), key=totals.__getitem__) == answer
+    return right / len(QUESTIONS)
+
+
+def test_without_validation_rows_the_tasks_alone_are_evaluated_and_choose_the_best(run, tasks):
+    result = run(**tasks, save_steps=2, load_best_model_at_end=True)
+    lines = [line for line in metrics(result) if "eval_winter_acc" in line]
+    assert not any("eval_loss" in line for line in lines)
+    best = max(lines[1:], key=lambda line: line["eval_winter_acc"])
+    assert (result.state.best_step, result.state.best_metric) == (best["step"], best["eval_winter_acc"])
+    assert result.checkpoint.name == f"checkpoint-{best['step']}"
+
+
+def test_with_validation_rows_both_are_evaluated_and_the_loss_chooses(run, tasks):
+    result = run(**tasks, split_dataset_ratio=0.2)
+    lines = [line for line in metrics(result) if "eval_loss" in line]
+    assert all("eval_winter_acc" in line for line in lines)
+    assert result.state.best_metric == min(line["eval_loss"] for line in lines[1:])
+
+
+def test_the_metric_of_a_task_chooses_the_best_although_there_are_validation_rows(run, tasks):
+    result = run(**tasks, split_dataset_ratio=0.2, metric_for_best_model="written_acc")
+    assert result.state.best_metric == max(line["eval_written_acc"] for line in metrics(result) if line.get("eval_written_acc") is not None)
+
+
+def test_a_task_without_gain_ends_the_run(run, tasks):
+    result = run(**tasks, early_stop_interval=1, learning_rate=0, max_steps=20)
+    assert result.state.global_step == 4
+
+
+def test_the_report_has_a_table_with_intervals_and_a_plot(run, tasks):
+    result = run(**tasks)
+    text = (result.run / "report.md").read_text(encoding="utf-8")
+    first = next(line for line in metrics(result) if "eval_winter_acc" in line)
+    interval = f"{first['eval_winter_acc']:.4f} [{first['eval_winter_acc_low']:.4f}, {first['eval_winter_acc_high']:.4f}] at step 0"
+    assert f"| winter_acc | {interval} |" in text
+    assert "| written_acc |" in text
+    assert (result.run / "tasks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_run_with_tasks_is_the_uninterrupted_one_bit_for_bit(run, tasks):
+    options = dict(tasks, save_steps=2, max_steps=8)
+    whole, part = run("whole", **options), run("part", **options)
+    for step in (6, 8):  # as if it had been killed after step 5
+        shutil.move(part.run / f"checkpoint-{step}", part.run.parent / f"lost-{step}")
+    resumed = run("part", **options, resume_from_checkpoint=str(part.run))
+    assert untimed(metrics(resumed)) == untimed(metrics(whole))
+    assert (resumed.run / "report.md").read_text().count("at step 0") == 2
+
+
+def untimed(lines):
+    return [{name: value for name, value in line.items() if not name.endswith(("runtime", "per_s"))} for line in lines]
+
+
+def test_no_tensor_of_an_evaluation_stays_in_memory(run, tasks, monkeypatch):
+    from swift.train import run as module
+
+    counts = []
+
+    def counted(*args, **options):
+        evaluate(*args, **options)  # what is made once and kept, such as masks, is there now
+        before = tensors()
+        values = evaluate(*args, **options)
+        counts.append(tensors() - before)
+        return values
+
+    evaluate = module.evaluate_tasks
+    monkeypatch.setattr(module, "evaluate_tasks", counted)
+    run(**tasks, tuner_type="full", max_steps=2)
+    assert counts == [0, 0]
+
+
+def tensors():
+    gc.collect()
+    return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+
+
+def test_modes_of_modules_and_attention_are_what_they_were(run, tasks, monkeypatch):
+    from swift.train import run as module
+
+    seen = []
+
+    def looked_at(live, loaded, model, **options):
+        before = state(model)
+        values = evaluate(live, loaded, model, **options)
+        seen.append(state(model) == before)
+        return values
+
+    evaluate = module.evaluate_tasks
+    monkeypatch.setattr(module, "evaluate_tasks", looked_at)
+    run(**tasks, padding_free=False, max_steps=2)
+    assert seen == [True, True]
+
+
+def state(model):
+    modes = [module.training for module in model.modules()]
+    return modes, model.config._attn_implementation, model.config.use_cache, torch.get_rng_state().tolist()
+
+
+def assert_refused_before_the_model_loads(run, tiny_model, tmp_path, error, words, **options):
+    """``tiny_model`` without its weights: whoever loads it fails otherwise."""
+    empty = tmp_path / "no-weights"
+    shutil.copytree(tiny_model, empty, ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(error, match=words):
+        run("refused", model=str(empty), **options)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_an_unknown_task_is_refused_before_the_model_loads(run, tiny_model, tmp_path):
+    assert_refused_before_the_model_loads(run, tiny_model, tmp_path, ConfigError, "mmul", eval_dataset=["mmul"])
+
+
+def test_missing_data_are_refused_before_the_model_loads(run, tiny_model, tmp_path, task):
+    path, options = task(), dict(eval_data_dir=str(tmp_path))
+    (tmp_path / "winter.jsonl").unlink()
+    assert_refused_before_the_model_loads(run, tiny_model, tmp_path, DataError, "no data of task winter", eval_dataset=[path], **options)
+
+
+def test_a_missing_column_is_refused_before_the_model_loads(run, tiny_model, tmp_path, task):
+    path, options = task(), dict(eval_data_dir=str(tmp_path))
+    (tmp_path / "winter.jsonl").write_text('{"question": "q", "answer": 0}\n')
+    assert_refused_before_the_model_loads(
+        run, tiny_model, tmp_path, DataError, "column 'choices' is missing", eval_dataset=[path], **options
+    )
+
+
+def test_an_unknown_metric_is_refused_before_the_model_loads(run, tiny_model, tmp_path, tasks):
+    options = dict(tasks, metric_for_best_model="winter_accuracy")
+    assert_refused_before_the_model_loads(run, tiny_model, tmp_path, ConfigError, "does not know 'winter_accuracy'", **options)
+
+
+def test_the_loss_cannot_choose_without_validation_rows(run, tiny_model, tmp_path, tasks):
+    options = dict(tasks, metric_for_best_model="loss")
+    assert_refused_before_the_model_loads(run, tiny_model, tmp_path, ConfigError, "loss needs validation data", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(eval_limit=3), "--eval_limit has no effect without --eval_dataset"),
+        (dict(eval_use_evalscope=True), "--eval_use_evalscope true needs tasks"),
+        (dict(eval_dataset=["mmlu"], eval_strategy="no"), "--eval_dataset has no effect with --eval_strategy no"),
+        (dict(eval_dataset=["mmlu"], do_eval=False), "--eval_dataset has no effect with --do_eval false"),
+        (dict(metric_for_best_model="mmlu_acc"), "--metric_for_best_model does not know 'mmlu_acc'"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_go_together_are_refused(run, options, words):
+    with pytest.raises(ConfigError, match=words):
+        run(**options)
+
+
+def test_the_option_of_ms_swift_is_accepted_and_says_what_happens(run, tasks, capsys):
+    result = run(**tasks, eval_use_evalscope=True, max_steps=1)
+    assert "--eval_use_evalscope true is not needed" in capsys.readouterr().err
+    assert any("eval_winter_acc" in line for line in metrics(result))
+
+
+def test_a_dry_run_reads_the_tasks_and_says_so(run, tasks, capsys):
+    assert run(**tasks, dry_run=True) is None
+    assert "winter: 5 examples, choice, 0 solved before each" in capsys.readouterr().out
+
+
+def test_a_perplexity_is_better_when_it_is_lower(run, task, tmp_path):
+    path = task(modes={"perplexity": {"text": "{{ question }}"}})
+    result = run(eval_dataset=[path], eval_data_dir=str(tmp_path), eval_steps=2, max_steps=6)
+    name = result.state.log_history and next(key for key in result.state.log_history[-1] if key.endswith("perplexity"))
+    values = [line[name] for line in metrics(result) if name in line]
+    assert len(values) == 3
+    assert all(math.isfinite(value) for value in values)
+    assert result.state.best_metric == min(values)
