@@ -21,6 +21,7 @@ from swift.evaluate.external.base import (
     settings,
     task_result,
 )
+from swift.evaluate.external.layout import laid_out
 from swift.evaluate.external.process import require, work
 from swift.evaluate.external.server import Served, serving
 from swift.evaluate.subject import Subject
@@ -68,7 +69,7 @@ def check(config: EvalConfig) -> None:
 
 def options_of(config: EvalConfig) -> dict[str, Any]:
     """EvalScope's TaskConfig, but for the model and where it is served."""
-    arguments = {task: settings(config, task) for task in config.eval_dataset}
+    arguments = {task: laid_out(config, "evalscope", task) for task in config.eval_dataset}
     if config.system is not None:
         arguments = {task: {"system_prompt": config.system} | given for task, given in arguments.items()}
     options: dict[str, Any] = {

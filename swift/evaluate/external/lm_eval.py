@@ -19,7 +19,7 @@ from swift.evaluate.external.base import (
     settings,
     task_result,
 )
-from swift.evaluate.external.layout import subsets_of
+from swift.evaluate.external.layout import laid_out, subsets_of
 from swift.evaluate.external.process import Child, require, work
 from swift.evaluate.external.server import serving
 from swift.evaluate.subject import Subject
@@ -91,7 +91,7 @@ def data_of(config: EvalConfig) -> list[dict[str, Any]]:
     """Of tasks whose data lie in a folder: which folder, and which subsets of it are asked."""
     found = []
     for task in config.eval_dataset:
-        given = settings(config, task)
+        given = laid_out(config, "lm_eval", task)
         if place := given.get("local_path"):
             subsets = given.get("subset_list") or subsets_of(Path(place))
             found += [{"task": name, "folder": str(Path(place).resolve()), "subsets": subsets} for name in names_of(task)]

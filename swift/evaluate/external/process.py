@@ -21,6 +21,8 @@ from swift.files import explain_os_errors
 
 PROGRAM = Path(__file__).with_name("program.py")
 PROGRAMS = Path(__file__).with_name("programs")
+MODULES = ("evalscope", "lm_eval", "opencompass", "vlmeval")
+APART = ("opencompass",)  # asks for releases of numpy and others that do not go with ours
 GRACE_S = 10.0  # a process that was told to end is killed after so long
 POLL_S = 0.1
 
@@ -113,9 +115,10 @@ def require(module: str, package: str, config: EvalConfig) -> None:
 
 
 def _missing(module: str, package: str) -> DependencyError:
-    if module.split(".")[0] not in (package, "evalscope", "lm_eval", "opencompass", "vlmeval"):
+    if module.split(".")[0] not in MODULES:
         return DependencyError(f"{package} needs the package {module} for this", hint=f"pip install {module}, where {package} is")
-    hint = f"pip install 'swift-llm[{package}]', or into an environment of its own, which --extra_eval_args '{{\"python\": PATH}}' names"
+    apart = 'into an environment of its own, which --extra_eval_args \'{"python": "ENVIRONMENT/bin/python"}\' names'
+    hint = f"pip install {package} {apart}" if package in APART else f"pip install 'swift-llm[{package}]', or {apart}"
     return DependencyError(f"the package {module} is not installed", hint=hint)
 
 
