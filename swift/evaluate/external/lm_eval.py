@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,20 @@ def check(config: EvalConfig) -> None:
         names = ("chat_template", "quant_method", "infer_backend", "enable_thinking", "max_model_len", "weight_format")
         config.refuse_without_effect(names, f'with lm_eval\'s own model; --extra_eval_args {{"model": "{COMPLETIONS}"}} asks a server')
     check_settings(config)
-    given = extra(config)
     refuse_ours(config, OURS)
-    arguments = given.get("model_args") or {}
+    arguments = extra(config).get("model_args") or {}
     if not isinstance(arguments, dict):
         raise ConfigError("--extra_eval_args has model_args that are no object", hint='such as {"model_args": {"add_bos_token": true}}')
-    known = work("lm_eval", "check", {"model": model, "model_args": arguments, "data": data_of(config)}, config)
+    shots_of(config)
+    judge(config, work("lm_eval", "check", {"model": model, "model_args": arguments, "data": data_of(config)}, config))
+
+
+def judge(config: EvalConfig, known: Mapping[str, Any]) -> None:
+    """ConfigError for a name that is not among those that lm_eval has said it knows."""
+    given = extra(config)
     what = f"which lm_eval {known['version']} does not know"
     refuse_unknown(given, known["options"], "--extra_eval_args", what)
-    refuse_unknown(arguments, known["model_options"], f"model_args of {model} in --extra_eval_args", what)
+    refuse_unknown(given.get("model_args") or {}, known["model_options"], f"model_args of {model_of(config)} in --extra_eval_args", what)
     for task in config.eval_dataset:
         refuse_unknown(names_of(task), known["tasks"], "--eval_dataset", what)
         refuse_unknown(settings(config, task), SETTINGS, f"--eval_dataset_args of {task}", "which has no meaning for lm_eval")

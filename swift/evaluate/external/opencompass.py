@@ -36,8 +36,12 @@ def check(config: EvalConfig) -> None:
     config.refuse_without_effect(("eval_mode", "eval_num_fewshot", "system", "use_chat_template"), because)
     check_settings(config)
     refuse_ours(config, OURS)
+    judge(config, work("opencompass", "check", {"words": words_of(config)}, config))
+
+
+def judge(config: EvalConfig, known: Mapping[str, Any]) -> None:
+    """ConfigError for a name that is not among those that OpenCompass has said it knows, or for what its parser refuses."""
     given = {name.replace("_", "-"): value for name, value in extra(config).items()}
-    known = work("opencompass", "check", {"words": words_of(config)}, config)
     what = f"which OpenCompass {known['version']} does not know"
     refuse_unknown(given, known["options"], "--extra_eval_args", what)
     refuse_unknown(config.eval_dataset, known["tasks"], "--eval_dataset", what)
