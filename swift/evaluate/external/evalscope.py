@@ -49,7 +49,7 @@ OURS = {
 
 def check(config: EvalConfig) -> None:
     """See Evaluator. EvalScope's own schema judges the options, and its registry the names of tasks."""
-    require("evalscope", "evalscope", config)
+    require("evalscope", config, extra="evalscope")
     if config.eval_mode not in (None, "generate"):
         raise ConfigError(f"--eval_mode {config.eval_mode} is not EvalScope's: it asks a server for written answers", hint="remove it")
     if config.use_chat_template is False:

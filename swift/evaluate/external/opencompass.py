@@ -31,7 +31,7 @@ MODEL = (  # fields of its class OpenAISDK, and those of every model of OpenComp
 
 def check(config: EvalConfig) -> None:
     """See Evaluator. Its own parser judges the options; data sets are files of its configs, such as mmlu_gen."""
-    require("opencompass", "opencompass", config)
+    require("opencompass", config)
     because = "with OpenCompass, whose data sets say how they are asked"
     config.refuse_without_effect(("eval_mode", "eval_num_fewshot", "system", "use_chat_template"), because)
     check_settings(config)
