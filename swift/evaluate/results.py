@@ -60,7 +60,10 @@ class TaskFile:
         self.done[outcome.id] = outcome
 
     def _line(self, value: Any) -> None:
-        self._file.write(json.dumps(value, ensure_ascii=False) + "\n")
+        text = json.dumps(value, ensure_ascii=False)
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            text = json.dumps(value)  # half of a pair, which a model can write and UTF-8 cannot
+        self._file.write(text + "\n")
         self._file.flush()
 
 
@@ -69,7 +72,7 @@ def read(path: Path, raw: bytes | None = None) -> tuple[dict[str, Any], list[Out
     with explain_os_errors(path):
         raw = path.read_bytes() if raw is None else raw
     try:
-        head, *lines = [json.loads(line) for line in raw.decode("utf-8").splitlines()]
+        head, *lines = [json.loads(line) for line in raw.decode("utf-8").split("\n") if line]
         assert isinstance(head["about"], dict) and isinstance(head["model"], dict)
         return head, [Outcome(**line) for line in lines]
     except (ValueError, TypeError, KeyError, AssertionError):

@@ -108,9 +108,11 @@ class _Prepared:
 
 
 def _tokens(engine: Any) -> dict[str, float]:
-    """What a scorer has computed so far, and what it would have without common beginnings."""
+    """What a scorer has computed so far, and what common beginnings have saved it."""
     scorer = getattr(engine, "scorer", None)
-    return {} if scorer is None else {"tokens_computed": scorer.num_computed, "tokens_of_prompts": scorer.num_given}
+    if scorer is None:
+        return {}
+    return {"tokens_computed": scorer.num_computed, "tokens_shared": scorer.num_given - scorer.num_computed}
 
 
 def answered(task: Task, examples: Sequence[Example], engine: Any) -> Iterator[Outcome]:

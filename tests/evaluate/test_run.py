@@ -15,6 +15,8 @@ from swift import cli
 from swift.config.commands import EvalConfig
 from swift.config.options import build
 from swift.errors import ConfigError, DataError, HubError
+from swift.evaluate.base import About, Outcome
+from swift.evaluate.results import TaskFile
 from swift.evaluate.run import run_eval
 from swift.model.load import load_model
 from tests.evaluate.rows import make_mmlu, write
@@ -64,7 +66,8 @@ def test_models_are_compared_with_the_first_on_the_same_examples(tmp_path: Path,
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [entry["name"] for entry in report["models"]] == [str(model), str(other)]
     [comparison] = report["comparisons"]
-    assert (comparison["first"], comparison["second"], comparison["items"]) == (str(model), str(other), 3)
+    assert (comparison["first"], comparison["second"]) == (str(model), str(other))
+    assert sum(comparison["counts"].values()) == 3
 
 
 def test_what_is_answered_is_not_asked_again(tmp_path: Path, model: Path, data: Path, capsys: Any) -> None:
@@ -76,11 +79,26 @@ def test_what_is_answered_is_not_asked_again(tmp_path: Path, model: Path, data: 
     before = (tmp_path / "out" / "report.json").read_text()
     (tmp_path / "out" / "report.json").unlink()
     again = evaluate(model, data=data, out=tmp_path / "out")
-    assert "2 of 3 examples are answered already" in capsys.readouterr().err
+    assert "2 of 3 examples are answered already" in capsys.readouterr().out
     assert lines_of(tmp_path / "out")[name] == lines
     assert again.models[0].tasks[0].facts["asked_now"] == 1
     values = [json.loads(text)["tasks"][0]["results"][0]["value"] for text in (before, (tmp_path / "out" / "report.json").read_text())]
     assert values[0] == values[1]
+
+
+def test_texts_with_any_character_are_read_back(tmp_path: Path) -> None:
+    about = About("t", "T", "generate", "acc", 0, False, "", "", "d")
+    text = "line\u2028separator, next\x85line, half a pair \ud83d, \r and \n"
+    file = TaskFile(tmp_path / "t.jsonl", about, {"digest": "m"})
+    with file.appending():
+        file.add(Outcome("1", "", text, "", None, {"acc": 1.0}, {"answer": text}))
+        file.add(Outcome("2", "", "plain", "", None, {"acc": 0.0}))
+    assert TaskFile(tmp_path / "t.jsonl", about, {"digest": "m"}).done == file.done
+    with pytest.raises(DataError, match="answers to other questions"):
+        TaskFile(tmp_path / "t.jsonl", about, {"digest": "another"})
+    (tmp_path / "t.jsonl").write_text("no json\n")
+    with pytest.raises(DataError, match="is no file of answers"):
+        TaskFile(tmp_path / "t.jsonl", about, {"digest": "m"})
 
 
 def test_other_questions_or_another_model_have_files_of_their_own(tmp_path: Path, model: Path, data: Path) -> None:
