@@ -3,6 +3,7 @@
 python bench/scored.py JOB.json      model, items (prompt, answers), output: one JSON line an item, log-probabilities of its answers
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ def main() -> None:
         begins.append(len(texts))
     found = dict(engine.scores(texts))
     lines = []
-    for begin, end in zip(begins, begins[1:], strict=False):
+    for begin, end in itertools.pairwise(begins):
         lines.append(json.dumps({"scores": [found[number].total for number in range(begin, end)]}) + "\n")
     Path(job["output"]).write_text("".join(lines))
     scorer = getattr(engine, "scorer", None)

@@ -29,8 +29,8 @@ KNOWN = frozenset(
 class TransformersEngine:
     """The reference: batches of equal settings through ``generate``; a single request without beams piece by piece.
 
-    ``is_live``: the model goes on being trained. No tensor of inference mode, through which no gradient can go, is left in
-    it, and all is computed by the calling thread, whose autocast holds for no other.
+    ``is_live``: the model goes on being trained. Nothing is computed in inference mode, whose tensors, once a model has kept
+    them, take no gradients and no updates.
     """
 
     def __init__(self, loaded: Loaded, *, max_batch_size: int = 1, is_live: bool = False) -> None:

@@ -40,30 +40,33 @@ class Data:
 
 def read(spec: TaskSpec, settings: Settings) -> Data:
     """The rows of a task. DataError in one line, with file and line, for whatever cannot be asked."""
-    needs_split = settings.num_fewshot > 0 and spec.shots.split is not None
-    splits = dict.fromkeys([spec.split, *([spec.shots.split] if needs_split and spec.shots.split else [])])
-    located = locate(spec, settings, list(splits))
+    splits = [spec.split]
+    if settings.num_fewshot and spec.shots.split is not None:
+        splits.append(spec.shots.split)
+    located = locate(spec, settings, list(dict.fromkeys(splits)))
     reader = _Reader(spec, settings, located.layout)
     examples = reader.examples(_chosen(spec, settings, located, spec.split), spec.split)
-    counts = reader.counts
+    counts = dict(reader.counts)  # not of rows that solved examples are taken from
     if not examples:
         raise DataError(f"{located.source}: split {spec.split} of task {spec.name} is empty", hint=_left_out(counts))
-    shots: dict[str, list[Example]] = {}
-    if needs_split and spec.shots.split is not None and spec.shots.split in located.splits:
-        shots = _by_category(reader.examples(_chosen(spec, settings, located, spec.shots.split), spec.shots.split))
-    elif settings.num_fewshot:
-        if spec.shots.split is not None:
-            raise DataError(
-                f"{located.source} is one file: it has no split {spec.shots.split} with solved examples", hint="give --eval_num_fewshot 0"
-            )
-        shots = {"": [Example(f"shot {number}", "", row) for number, row in enumerate(spec.shots.rows)]}
-    digest = _digest(examples, shots)
+    shots = _shots(spec, settings, located, reader) if settings.num_fewshot else {}
     for category in dict.fromkeys(example.category for example in examples) if settings.num_fewshot else ():
         _check_shots(spec, settings, located.source, category, len(shots.get(category, shots.get("", []))))
-    kept = _first(examples, settings.limit)
     if missing := _num_missing(spec, settings, examples):
         counts["subjects of which there are no data"] = missing
-    return Data(kept, shots, located.source, digest, reader.where, dict(counts))
+    kept = _first(examples, settings.limit)
+    return Data(kept, shots, located.source, _digest(examples, shots), reader.where, counts)
+
+
+def _shots(spec: TaskSpec, settings: Settings, located: Located, reader: "_Reader") -> dict[str, list[Example]]:
+    """What solved examples are taken from, by category: as many rows as are needed, and one more where an example may be its own."""
+    split = spec.shots.split
+    if split is None:
+        return {"": [Example(f"shot {number}", "", row) for number, row in enumerate(spec.shots.rows)]}
+    if split not in located.splits:
+        raise DataError(f"{located.source} is one file: it has no split {split} with solved examples", hint="give --eval_num_fewshot 0")
+    most = spec.shots.skip + settings.num_fewshot + 1
+    return _by_category(reader.examples(_chosen(spec, settings, located, split), split, most))
 
 
 def _check_shots(spec: TaskSpec, settings: Settings, source: str, category: str, count: int) -> None:
@@ -122,12 +125,16 @@ class _Reader:
         self.where: dict[str, str] = {}
         self.counts: Counter[str] = Counter()
 
-    def examples(self, chosen: Iterable[File], split: str) -> list[Example]:
+    def examples(self, chosen: Iterable[File], split: str, most: int | None = None) -> list[Example]:
+        """All rows but those that are left out, or the first ``most`` of each file."""
         found: list[Example] = []
         numbers: Counter[str] = Counter()
         seen: dict[str, str] = {}
         for file in chosen:
+            begin = len(found)
             for where, row in rows(file.path, self.layout.header):
+                if most is not None and len(found) - begin >= most:
+                    break
                 fields = self._fields(where, row, file.category)
                 number, numbers[file.category] = numbers[file.category], numbers[file.category] + 1
                 id = ("" if split == self.spec.split else f"{split}:") + self._id(where, fields, file.category, number)

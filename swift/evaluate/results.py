@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -76,7 +76,6 @@ def read(path: Path, raw: bytes | None = None) -> tuple[dict[str, Any], list[Out
         raise DataError(f"{path} is no file of answers", hint="remove it, or name another --eval_output_dir") from None
 
 
-def result_of(file: TaskFile, about: About, order: Mapping[str, int], facts: dict[str, float]) -> TaskResult:
-    """All outcomes, in the order of the examples, which ``order`` gives by their ids."""
-    outcomes = sorted(file.done.values(), key=lambda outcome: order[outcome.id])
-    return TaskResult(about, outcomes, facts)
+def result_of(file: TaskFile, about: About, ids: Sequence[str], facts: dict[str, float]) -> TaskResult:
+    """The outcomes of the examples ``ids``, in their order. The file may hold those of others, which were asked for before."""
+    return TaskResult(about, [file.done[id] for id in ids], facts)

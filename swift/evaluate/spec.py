@@ -18,11 +18,11 @@ from swift.errors import ConfigError, near
 FOLDER = Path(__file__).parent / "tasks"
 
 
-class Declared(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all parts of a declaration."""
 
 
-class Layout(Declared, frozen=True, kw_only=True):
+class Layout(Part, frozen=True, kw_only=True):
     """One way in which the data are laid out in a folder: ``splits`` gives patterns of files, tried in order.
 
     In a pattern ``*`` is a part of a name, ``**`` any folders, and {category} the subject. ``header`` names the columns of CSV files
@@ -35,7 +35,7 @@ class Layout(Declared, frozen=True, kw_only=True):
     ignore: list[str] = []
 
 
-class Source(Declared, frozen=True, kw_only=True):
+class Source(Part, frozen=True, kw_only=True):
     """``hub`` names data sets (hf::ORG/NAME, ms::ORG/NAME), ``built_in`` one that comes along; ``layouts`` are tried in order."""
 
     layouts: list[Layout]
@@ -43,7 +43,7 @@ class Source(Declared, frozen=True, kw_only=True):
     built_in: str | None = None
 
 
-class Shots(Declared, frozen=True, kw_only=True):
+class Shots(Part, frozen=True, kw_only=True):
     """Solved examples: ``count`` of ``split`` (of the same category) after the first ``skip``, or of ``rows`` that are written out here."""
 
     count: int = 0
@@ -52,14 +52,14 @@ class Shots(Declared, frozen=True, kw_only=True):
     rows: list[dict[str, Any]] = []
 
 
-class Drop(Declared, frozen=True, kw_only=True):
+class Drop(Part, frozen=True, kw_only=True):
     """Rows that are left out and counted, ``because`` of a reason: those for which ``when`` is true. It sees ``split`` too."""
 
     when: str
     because: str
 
 
-class Mode(Declared, frozen=True, kw_only=True):
+class Mode(Part, frozen=True, kw_only=True):
     """What all modes that ask a question share.
 
     The prompt is ``description``, then each solved example as question, ``delimiter``, answer and ``separator``, then the question.
@@ -103,7 +103,7 @@ class Writing(Mode, frozen=True, kw_only=True):
     arguments: dict[str, Any] = {}
 
 
-class Reading(Declared, frozen=True, kw_only=True):
+class Reading(Part, frozen=True, kw_only=True):
     """Mode perplexity: how likely the text is, after ``context`` (not scored), if there is one.
 
     Words and bytes are counted of ``original``, where the text was changed before it is scored.
@@ -119,7 +119,7 @@ AnyMode = Choosing | Writing | Reading
 MODE_KINDS: dict[str, type[AnyMode]] = {"letter": Choosing, "choice": Choosing, "generate": Writing, "perplexity": Reading}
 
 
-class TaskSpec(Declared, frozen=True, kw_only=True):
+class TaskSpec(Part, frozen=True, kw_only=True):
     """A declaration; the first of ``modes`` is the default. ``groups`` lists categories, or maps them to what people call them.
 
     ``python`` names a member of the registry of tasks, which makes the task in place of the modes here.

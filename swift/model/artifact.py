@@ -10,6 +10,7 @@ from typing import Any
 from swift.errors import ModelError
 from swift.hub.safetensors_header import read_header
 from swift.model.files import read_config
+from swift.model.quantized import format_of
 
 _AROUND = {
     "config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt",
@@ -56,7 +57,7 @@ class ModelFolder:
 
     def refuse_quantized(self) -> None:
         """ModelError for a checkpoint whose weights were quantized already."""
-        method = (self.config.get("quantization_config") or {}).get("quant_method")
+        method = format_of(self.config.get("quantization_config") or {})
         if method:
             raise ModelError(
                 f"{self.name}: its weights are quantized already ({method})",

@@ -120,7 +120,7 @@ def tasks_table(state: TrainState, tasks: Sequence[str]) -> str:
         if not lines:
             continue
         choose = min if name.endswith(LOWER_IS_BETTER) else max
-        best = choose(lines, key=lambda line: line[f"eval_{name}"])
+        best = choose([line for line in lines if line["step"]] or lines, key=lambda line: line[f"eval_{name}"])
         rows.append(f"| {name} | " + " | ".join(_with_interval(line, f"eval_{name}") for line in (lines[0], lines[-1], best)) + " |")
     return "\n".join(rows) + "\n\nIn brackets the 95% interval, which says how far other examples of the same kind could lie."
 

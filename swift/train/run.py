@@ -209,8 +209,7 @@ class Session:
             parts = (batch for examples in self._evaluation_passes(self.data.validation) for batch in self._collate([examples]))
             values = evaluate(self.policy, parts, objective=self.objective, strategy=self.strategy, device=self.device)
         if self.tasks is not None:
-            is_compiled, autocast = self.config.torch_compile, self.strategy.autocast()
-            values |= evaluate_tasks(self.tasks, self.loaded, self.model, autocast=autocast, is_compiled=is_compiled)
+            values |= evaluate_tasks(self.tasks, self.loaded, self.model, is_compiled=self.config.torch_compile)
         self.state.log_history.append(self.trackers.log(self.state.global_step, self.state.epoch, values))
         if self.state.global_step == 0:
             return  # what came before training is no result of it

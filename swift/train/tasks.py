@@ -54,15 +54,16 @@ def task_text(task: Task) -> str:
     return f"{about.name}: {len(task.examples()):,} examples, {about.mode}, {about.num_fewshot} solved before each"
 
 
-def evaluate_tasks(live: LiveEvaluation, loaded: Loaded, model: Any, *, autocast: Any, is_compiled: bool = False) -> dict[str, float]:
+def evaluate_tasks(live: LiveEvaluation, loaded: Loaded, model: Any, *, is_compiled: bool = False) -> dict[str, float]:
     """The metrics of all tasks by names that begin with eval_, and the seconds they took.
 
-    A metric that no answer has a finite value of is left out.
+    They are computed in the precision of the weights, as after training, whatever the steps compute in. A metric that no
+    answer has a finite value of is left out.
     """
     begin = time.monotonic()
     # Compiled blocks would be compiled anew for each shape of a pass.
     eager = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
-    with scorer_of(model) as scorer, autocast, torch.no_grad(), eager:
+    with scorer_of(model) as scorer, torch.no_grad(), eager:
         results = live.run(_LiveEngine(replace(loaded, model=model), scorer))
     if loaded.device.type != "cpu":
         torch.accelerator.empty_cache()

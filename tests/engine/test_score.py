@@ -40,7 +40,7 @@ def texts_of(count=5, *, header=23, seed=0):
     texts = []
     for number in range(count):
         question = first + tokens(3 + 4 * number % 13)
-        letters = [question + (letter,) for letter in (7, 8, 9, 10)]
+        letters = [(*question, letter) for letter in (7, 8, 9, 10)]
         choices = [question + tokens(draw.randint(1, 5)) for _ in range(4)]
         texts += [Text(text, len(question)) for text in (*letters, *choices)]
     texts += [Text(choices[0] + tokens(3), len(question) + 1), Text(choices[0], 1), texts[0], Text(tokens(9), 2)]

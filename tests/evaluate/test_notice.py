@@ -8,7 +8,7 @@ import pytest
 import swift.data.snow_alerts as snow_alerts
 from swift.errors import ConfigError, DataError
 from swift.evaluate.judging import Found, Judged, Setting
-from swift.evaluate.metrics.notice import judge_notice, make, read_facts
+from swift.evaluate.metrics.notice import NAMES, judge_notice, make, read_facts
 
 FACTS = """English notice, please.
 Warning: blizzard, level II (orange)
@@ -67,6 +67,7 @@ def test_every_reference_notice_of_the_data_set_is_right_in_everything():
     found = [metrics(row["messages"][2]["content"], row["messages"][1]["content"]) for row in rows()]
     assert len(found) == 540
     assert {value for one in found for value in one.values()} == {1.0}
+    assert {tuple(one) for one in found} == {NAMES}
 
 
 def test_a_notice_of_another_warning_is_never_right():
@@ -185,7 +186,7 @@ def test_a_text_that_is_no_warning_is_one_clear_line(text):
 
 def test_the_metric_reads_the_field_that_the_declaration_names():
     metric = make(Setting("t", {"facts": "question"}))
-    assert metric(Judged(NOTICE, Found(NOTICE, "text"), (NOTICE,), {"question": FACTS})).metrics["acc"] == 1
+    assert metric.judge(Judged(NOTICE, Found(NOTICE, "text"), (NOTICE,), {"question": FACTS})).metrics["acc"] == 1
 
 
 def test_an_unknown_option_of_the_metric_is_refused():

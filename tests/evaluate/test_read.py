@@ -50,6 +50,13 @@ def test_rows_without_a_majority_label_are_left_out_and_counted(tmp_path: Path) 
     assert data.counts == {"no majority label (-)": 1}
 
 
+def test_rows_that_solved_examples_are_taken_from_are_not_counted(tmp_path: Path) -> None:
+    write(make_ocnli(tmp_path) / "train.json", (tmp_path / "dev.json").read_text(encoding="utf-8"))
+    data = data_of("ocnli", tmp_path, eval_num_fewshot=2)
+    assert data.counts == {"no majority label (-)": 1}
+    assert [shot.id for shot in data.shots_for("")] == ["train:0", "train:2"]
+
+
 def test_a_folder_of_folders_named_like_the_tasks_is_read(tmp_path: Path) -> None:
     make_mmlu(tmp_path / "mmlu")
     make_ceval(tmp_path / "C-Eval")

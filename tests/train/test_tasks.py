@@ -67,19 +67,18 @@ def weights(result):
     "options",
     [
         dict(tuner_type="full", learning_rate=1e-3),
-        dict(lora_dropout=0.05),
-        dict(lora_dropout=0),
-        dict(packing=True, max_length=64),
-        dict(padding_free=False, lora_dropout=0.05),
+        dict(lora_dropout=0),  # the update is inside the weights
+        dict(lora_dropout=0.05, packing=True, max_length=64),
+        dict(lora_dropout=0.05, padding_free=False),
         dict(bf16=True),
         dict(torch_dtype="bfloat16", lora_dropout=0),
-        dict(neftune_noise_alpha=5.0),
-        dict(gradient_checkpointing=True),
+        dict(gradient_checkpointing=True, neftune_noise_alpha=5.0),
         dict(quant_method="bnb", quant_bits=4),
     ],
     ids=str,
 )
 def test_training_with_tasks_is_training_without_them_bit_for_bit(run, tasks, options):
+    options |= dict(max_steps=3)
     without, with_tasks = run("without", **options), run("with", **options, **tasks)
     assert losses(with_tasks) == losses(without)
     expected, found = weights(without), weights(with_tasks)
@@ -88,12 +87,12 @@ def test_training_with_tasks_is_training_without_them_bit_for_bit(run, tasks, op
 
 
 def test_the_numbers_are_logged_at_each_evaluation_and_are_those_of_the_checkpoint(run, tasks):
-    result = run(**tasks, tuner_type="full", learning_rate=1e-2, save_steps=2)
+    result = run(**tasks, tuner_type="full", save_steps=2, max_steps=5)
     found = {line["step"]: line for line in metrics(result) if "eval_winter_acc" in line}
-    assert list(found) == [0, 2, 4, 6]
-    for step in (2, 4, 6):
+    assert list(found) == [0, 2, 4, 5]
+    for step in (2, 4, 5):
         assert found[step]["eval_winter_acc"] == by_hand(result.run / f"checkpoint-{step}"), step
-    assert found[6]["eval_winter_acc_low"] < found[6]["eval_winter_acc"] + 1e-9 < found[6]["eval_winter_acc_high"] + 2e-9
+    assert found[5]["eval_winter_acc_low"] <= found[5]["eval_winter_acc"] <= found[5]["eval_winter_acc_high"]
     line = json.loads((result.run / "logging.jsonl").read_text().splitlines()[0])
     assert line["eval_winter_acc"] == pytest.approx(found[0]["eval_winter_acc"])
 
@@ -152,10 +151,9 @@ def test_the_report_has_a_table_with_intervals_and_a_plot(run, tasks):
 
 
 def test_a_resumed_run_with_tasks_is_the_uninterrupted_one_bit_for_bit(run, tasks):
-    options = dict(tasks, save_steps=2, max_steps=8)
+    options = dict(tasks, save_steps=2, max_steps=4)
     whole, part = run("whole", **options), run("part", **options)
-    for step in (6, 8):  # as if it had been killed after step 5
-        shutil.move(part.run / f"checkpoint-{step}", part.run.parent / f"lost-{step}")
+    shutil.move(part.run / "checkpoint-4", part.run.parent / "lost")  # as if it had been killed after step 3
     resumed = run("part", **options, resume_from_checkpoint=str(part.run))
     assert untimed(metrics(resumed)) == untimed(metrics(whole))
     assert (resumed.run / "report.md").read_text().count("at step 0") == 2
@@ -185,7 +183,7 @@ def test_no_tensor_of_an_evaluation_stays_in_memory(run, tasks, monkeypatch):
 
 def tensors():
     gc.collect()
-    return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+    return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
 
 
 def test_modes_of_modules_and_attention_are_what_they_were(run, tasks, monkeypatch):
@@ -210,41 +208,41 @@ def state(model):
     return modes, model.config._attn_implementation, model.config.use_cache, torch.get_rng_state().tolist()
 
 
-def assert_refused_before_the_model_loads(run, tiny_model, tmp_path, error, words, **options):
-    """``tiny_model`` without its weights: whoever loads it fails otherwise."""
-    empty = tmp_path / "no-weights"
-    shutil.copytree(tiny_model, empty, ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(error, match=words):
-        run("refused", model=str(empty), **options)
-    assert not (tmp_path / "refused").exists()
+@pytest.fixture
+def refused(run, tmp_path, monkeypatch):
+    """A run that must end with an error before it loads weights or writes anything."""
+
+    def start(error, words, **options):
+        monkeypatch.setattr("swift.train.run.load_for_training", lambda *_: pytest.fail("the model is loaded"))
+        with pytest.raises(error, match=words):
+            run("refused", **options)
+        assert not (tmp_path / "refused").exists()
+
+    return start
 
 
-def test_an_unknown_task_is_refused_before_the_model_loads(run, tiny_model, tmp_path):
-    assert_refused_before_the_model_loads(run, tiny_model, tmp_path, ConfigError, "mmul", eval_dataset=["mmul"])
+def test_an_unknown_task_is_refused_before_the_model_loads(refused):
+    refused(ConfigError, "mmul", eval_dataset=["mmul"])
 
 
-def test_missing_data_are_refused_before_the_model_loads(run, tiny_model, tmp_path, task):
-    path, options = task(), dict(eval_data_dir=str(tmp_path))
+def test_missing_data_are_refused_before_the_model_loads(refused, task, tmp_path):
+    path = task()
     (tmp_path / "winter.jsonl").unlink()
-    assert_refused_before_the_model_loads(run, tiny_model, tmp_path, DataError, "no data of task winter", eval_dataset=[path], **options)
+    refused(DataError, "no data of task winter", eval_dataset=[path], eval_data_dir=str(tmp_path))
 
 
-def test_a_missing_column_is_refused_before_the_model_loads(run, tiny_model, tmp_path, task):
-    path, options = task(), dict(eval_data_dir=str(tmp_path))
-    (tmp_path / "winter.jsonl").write_text('{"question": "q", "answer": 0}\n')
-    assert_refused_before_the_model_loads(
-        run, tiny_model, tmp_path, DataError, "column 'choices' is missing", eval_dataset=[path], **options
-    )
+def test_a_missing_column_is_refused_before_the_model_loads(refused, task, tmp_path):
+    path = task()
+    (tmp_path / "winter.jsonl").write_text('{"question": "q", "answer": 0}\n', encoding="utf-8")
+    refused(DataError, "column 'choices' is missing", eval_dataset=[path], eval_data_dir=str(tmp_path))
 
 
-def test_an_unknown_metric_is_refused_before_the_model_loads(run, tiny_model, tmp_path, tasks):
-    options = dict(tasks, metric_for_best_model="winter_accuracy")
-    assert_refused_before_the_model_loads(run, tiny_model, tmp_path, ConfigError, "does not know 'winter_accuracy'", **options)
+def test_an_unknown_metric_is_refused_before_the_model_loads(refused, tasks):
+    refused(ConfigError, "does not know 'winter_accuracy'", **tasks, metric_for_best_model="winter_accuracy")
 
 
-def test_the_loss_cannot_choose_without_validation_rows(run, tiny_model, tmp_path, tasks):
-    options = dict(tasks, metric_for_best_model="loss")
-    assert_refused_before_the_model_loads(run, tiny_model, tmp_path, ConfigError, "loss needs validation data", **options)
+def test_the_loss_cannot_choose_without_validation_rows(refused, tasks):
+    refused(ConfigError, "loss needs validation data", **tasks, metric_for_best_model="loss")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 from swift.engine.native.pages import PagedCache, Table, attend
 from swift.engine.native.trie import Ints
 
-TILE = 128  # rows whose keys are gathered and multiplied at once
+TILE = 64  # rows whose keys are gathered and multiplied at once
 
 # T rows of a pass, R rows of a tile, K keys that they see, S places of the cache, H query heads, G key heads, d width of a head
 

@@ -17,6 +17,7 @@ METRICS = Registry(
         "bleu": "swift.evaluate.metrics.overlap:make_bleu",
         "chrf": "swift.evaluate.metrics.overlap:make_chrf",
         "ifeval": "swift.evaluate.metrics.ifeval:make",
+        "notice": "swift.evaluate.metrics.notice:make",
         "pass": "swift.evaluate.metrics.code:make",
     },
     group="swift.metric",

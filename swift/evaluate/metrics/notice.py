@@ -15,6 +15,7 @@ from swift.evaluate.judging import Judged, Metric, Setting, Verdict
 MOST_LENGTH = 2.0  # of a notice, in lengths of its facts; those of the data set have about one
 ENOUGH_WORDS = 0.75  # of an advice, in one sentence; in Chinese of its characters
 
+NAMES = ("acc", "facts", "level", "place", "time", "amounts", "advice", "grounded", "language", "form")
 _MONTHS = ("January February March April May June July August September October November December").split()
 _LABELS = {
     "en": r"Warning|Area|Issued|Valid|Snowfall|Snow depth|Wind|(?:Road|Lowest) temperature|Advice|Hotline",
@@ -75,7 +76,7 @@ def make(setting: Setting) -> Metric:
     def judge(judged: Judged) -> Verdict:
         return judge_notice(judged.text, read_facts(str(judged.fields.get(field, ""))))
 
-    return judge
+    return Metric(NAMES, judge)
 
 
 def read_facts(text: str) -> Facts:

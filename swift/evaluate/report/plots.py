@@ -78,14 +78,16 @@ def bars(axis: Axis, marks: Sequence[Mark], line: float | None = None) -> str:
     return _svg("plot", ROW * len(marks), parts, label="; ".join(mark.label for mark in marks))
 
 
-def dots(axis: Axis, marks: Sequence[Mark], line: float | None = None) -> str:
-    """A mark with its interval for each of ``marks``, one below the other."""
-    parts = _grid(axis, line)
+def dots(axis: Axis, marks: Sequence[Mark | None]) -> str:
+    """A mark with its interval for each of ``marks``, one below the other; None leaves its row empty."""
+    parts = _grid(axis, None)
     for row, mark in enumerate(marks):
+        if mark is None:
+            continue
         y = ROW * row + ROW / 2
         parts += _whisker(axis, mark, y)
         parts.append(f'<svg x="{axis.place(mark.value)}%" y="{y:g}" overflow="visible">{_shape(mark.number)}</svg>')
-    return _svg("plot", ROW * len(marks), parts, label="; ".join(mark.label for mark in marks))
+    return _svg("plot", ROW * len(marks), parts, label="; ".join(mark.label for mark in marks if mark))
 
 
 def swatch(number: int) -> str:
