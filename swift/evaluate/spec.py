@@ -7,6 +7,7 @@ and ``category_name``.
 """
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -185,14 +186,17 @@ def find_task(name: str) -> TaskSpec:
 
 
 def task_table() -> tuple[list[str], list[list[str]]]:
-    """What ``--list_tasks`` shows: the heads of columns, and a row a task."""
-    heads = ["name", "title", "modes", "shots", "language", "licence", "also called"]
+    """What ``--list_tasks`` shows: the heads of columns, and a row a task. The first mode is the default."""
+    heads = ["name", "modes", "shots", "language", "licence", "what it is"]
     specs = [load_task(FOLDER / f"{name}.yaml") for name in task_names()]
-    rows = [
-        [spec.name, spec.title, " ".join(spec.modes), str(spec.shots.count), spec.language, spec.licence, " ".join(spec.aliases)]
-        for spec in specs
+    return heads, [
+        [spec.name, " ".join(spec.modes), str(spec.shots.count), spec.language, spec.licence, _what(spec.title)] for spec in specs
     ]
-    return heads, rows
+
+
+def _what(title: str) -> str:
+    """A title without the name before it and the authors behind it."""
+    return re.sub(r"^[^,]*, | \(.*", "", title)
 
 
 @functools.cache
