@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="output/demo")
     options = parser.parse_args()
-    cli.quiet_libraries()
+    console.quiet_libraries()
     result = run(*TRAIN, "--output_dir", options.output_dir)
     merged = run("merge-lora", "--adapters", str(result.checkpoint))
     quantized = run(*QUANTIZE, "--model", str(merged))

@@ -119,11 +119,11 @@ def compare(first: TaskResult, second: TaskResult, *, names: tuple[str, str]) ->
 
 def what_differs(first: About, second: About) -> str:
     """In what two tasks ask other questions, or "" if their answers can be compared item by item."""
+    if (first.digest, first.mode, first.metric) == (second.digest, second.mode, second.metric):
+        return ""
     fields = ("name", "mode", "metric", "num_fewshot", "uses_chat_template", "source")
     told = [f"{field} {ours} and {theirs}" for field in fields if (ours := getattr(first, field)) != (theirs := getattr(second, field))]
-    if not told and first.digest != second.digest:
-        told = [f"other data or settings, digests {first.digest[:12]} and {second.digest[:12]}"]
-    return "; ".join(told)
+    return "; ".join(told or [f"other data or settings, digests {first.digest[:12]} and {second.digest[:12]}"])
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -26,7 +26,7 @@ from swift.evaluate.generation import sampling_of
 from swift.evaluate.judging import Extractor, Found, Judged, Metric, Question, Setting
 from swift.evaluate.metrics import METRICS
 from swift.evaluate.pictured import Pictures, data_url, messages_of, parts_of, shown
-from swift.evaluate.prompt import Prompt, render, value
+from swift.evaluate.prompt import Prompt, check_syntax, render, value
 from swift.evaluate.settings import Settings
 from swift.evaluate.spec import TaskSpec, Writing
 from swift.evaluate.written import Written
@@ -69,6 +69,9 @@ class Generated:
         main = mode.metrics[0] if mode.metrics[0] in names else names[0]
         digest = hashlib.sha256(f"{declared.about.digest} {sampling} {is_chat} {asker.is_remote}".encode()).hexdigest()
         self.about = replace(declared.about, metric=main, uses_chat_template=is_chat, digest=digest)
+        check_syntax([str(mode.arguments[name]) for name in _ARGUMENTS if name in mode.arguments], expressions=True)
+        for example in declared.data.examples:  # a wrong answer is told before anything is computed
+            self._question(declared.scope(example), declared.where(example))
         rows = {str(example.fields.get("index", example.id)): example.fields for example in declared.data.examples}
         self._pictures = Pictures(rows)
         if (self._has_images or mode.arguments.get("messages")) and declared.settings.num_fewshot:
@@ -150,7 +153,7 @@ class Generated:
         assert isinstance(answer, Completion)
         fields, where = self.declared.scope(example), self._where(example)
         question, golds = self._question(fields, where)
-        text, thinking = without_thinking(self.mode_prefix(fields, where) + answer.text)
+        text, thinking = without_thinking(self._prefix(fields, asked, where) + answer.text)
         found = self._found(text, question, answer, thinking)
         metrics = {ANSWERED: float(found.value is not None)}
         detail: dict[str, Any] = {"answer": answer.text, "extracted": found.value, "rule": found.rule}
@@ -169,9 +172,9 @@ class Generated:
         ordered = {self.about.metric: metrics[self.about.metric], **metrics}
         return Outcome(example.id, example.category, asked.prompt, " | ".join(golds), found.value, ordered, detail)
 
-    def mode_prefix(self, fields: dict[str, Any], where: str) -> str:
+    def _prefix(self, fields: dict[str, Any], asked: Asked, where: str) -> str:
         """What the answer begins with before the model writes: it is read with the answer."""
-        return render(self.mode.prefix, fields, where) if self.mode.prefix else ""
+        return render(self.mode.prefix, fields, where) if self.mode.prefix and "prefix_left_out" not in asked.notes else ""
 
     def _found(self, text: str, question: Question, answer: Completion, thinking: str | None) -> Found:
         """Of the first extractor that finds something; else the reasons of all."""

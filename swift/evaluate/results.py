@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -60,7 +60,10 @@ class TaskFile:
         self.done[outcome.id] = outcome
 
     def _line(self, value: Any) -> None:
-        self._file.write(json.dumps(value, ensure_ascii=False) + "\n")
+        text = json.dumps(value, ensure_ascii=False)
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            text = json.dumps(value)  # half of a pair, which a model can write and UTF-8 cannot
+        self._file.write(text + "\n")
         self._file.flush()
 
 
@@ -69,14 +72,13 @@ def read(path: Path, raw: bytes | None = None) -> tuple[dict[str, Any], list[Out
     with explain_os_errors(path):
         raw = path.read_bytes() if raw is None else raw
     try:
-        head, *lines = [json.loads(line) for line in raw.decode("utf-8").splitlines()]
+        head, *lines = [json.loads(line) for line in raw.decode("utf-8").split("\n") if line]
         assert isinstance(head["about"], dict) and isinstance(head["model"], dict)
         return head, [Outcome(**line) for line in lines]
     except (ValueError, TypeError, KeyError, AssertionError):
         raise DataError(f"{path} is no file of answers", hint="remove it, or name another --eval_output_dir") from None
 
 
-def result_of(file: TaskFile, about: About, order: Mapping[str, int], facts: dict[str, float]) -> TaskResult:
-    """All outcomes, in the order of the examples, which ``order`` gives by their ids."""
-    outcomes = sorted(file.done.values(), key=lambda outcome: order[outcome.id])
-    return TaskResult(about, outcomes, facts)
+def result_of(file: TaskFile, about: About, ids: Sequence[str], facts: dict[str, float]) -> TaskResult:
+    """The outcomes of the examples ``ids``, in their order. The file may hold those of others, which were asked for before."""
+    return TaskResult(about, [file.done[id] for id in ids], facts)

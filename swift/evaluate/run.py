@@ -1,5 +1,6 @@
 """swift eval: every question that can be checked is checked first; then each model answers; then the report. Read this first."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from swift.config.evaluate import EvalConfig
 from swift.engine.answers import answers
 from swift.engine.base import Engine
 from swift.engine.scoring import Score, Scorer, Text
-from swift.errors import ConfigError
+from swift.errors import ConfigError, Interrupted
 from swift.evaluate import EVALUATORS, report
 from swift.evaluate.base import Asked, Example, ModelResult, Outcome, Task, TaskResult
 from swift.evaluate.contamination import Contamination, find_contamination
@@ -68,31 +69,50 @@ class _Prepared:
         self.files = [TaskFile(file_of(folder, subject.facts, task.about), task.about, subject.facts) for task in self.tasks]
 
     def run(self) -> ModelResult:
-        """Answer what is not answered yet."""
+        """Answer what is not answered yet. The weights are freed afterwards."""
         engine: Engine | None = None
+        facts = dict(self.subject.facts)
         results: list[TaskResult] = []
-        facts: dict[str, Any] = dict(self.subject.facts)
-        begin = time.monotonic()
-        for task, file in zip(self.tasks, self.files, strict=True):
-            open_ = [example for example in task.examples() if example.id not in file.done]
-            if open_ and engine is None:
-                engine = self.subject.engine()
-                facts |= self.subject.engine_facts() | {"load_s": time.monotonic() - begin}
-            if file.done and open_:
-                console.say(f"{task.about.name}: {len(file.done)} of {len(open_) + len(file.done)} examples are answered already")
-            started = time.monotonic()
-            if engine is not None and open_:
-                with file.appending(), console.progress() as bar:
-                    total = len(open_) + len(file.done)
-                    line = bar.add_task(f"{self.subject.name}: {task.about.name}", total=total, completed=len(file.done), facts="")
-                    for outcome in answered(task, open_, engine):
-                        file.add(outcome)
-                        bar.update(line, advance=1)
-            order = {example.id: number for number, example in enumerate(task.examples())}
-            results.append(result_of(file, task.about, order, {"seconds": time.monotonic() - started, "answered_now": len(open_)}))
-        if engine is not None:
-            engine.close()
+        try:
+            for task, file in zip(self.tasks, self.files, strict=True):
+                missing = [example for example in task.examples() if example.id not in file.done]
+                if missing and engine is None:
+                    begin = time.monotonic()
+                    engine = self.subject.engine()
+                    facts |= self.subject.engine_facts(engine) | {"load_s": round(time.monotonic() - begin, 1)}
+                results.append(self._answer(task, file, missing, engine))
+        finally:
+            if engine is not None:
+                engine.close()
+            self.subject.free()
         return ModelResult(self.subject.name, results, facts)
+
+    def _answer(self, task: Task, file: TaskFile, missing: list[Example], engine: Engine | None) -> TaskResult:
+        """The result of ``task``, of which the examples ``missing`` are asked now."""
+        name, total = f"{self.subject.name}: {task.about.name}", len(task.examples())
+        if missing and len(missing) < total:
+            console.say(f"{name}: {total - len(missing)} of {total} examples are answered already")
+        begin, before = time.monotonic(), _tokens(engine)
+        try:
+            with file.appending() if missing else contextlib.nullcontext(), console.progress() as bar:
+                line = bar.add_task(name, total=total, completed=total - len(missing), facts="")
+                for outcome in answered(task, missing, engine) if missing else ():
+                    file.add(outcome)
+                    bar.update(line, advance=1)
+        except KeyboardInterrupt:
+            count = sum(example.id in file.done for example in task.examples())
+            raise Interrupted(f"{name}: stopped after {count} of {total} examples", hint="the same command goes on there") from None
+        facts = {"seconds": round(time.monotonic() - begin, 1), "asked_now": len(missing)}
+        facts |= {key: count - before[key] for key, count in _tokens(engine).items() if missing and key in before}
+        return result_of(file, task.about, [example.id for example in task.examples()], facts)
+
+
+def _tokens(engine: Any) -> dict[str, float]:
+    """What a scorer has computed so far, and what common beginnings have saved it."""
+    scorer = getattr(engine, "scorer", None)
+    if scorer is None:
+        return {}
+    return {"tokens_computed": scorer.num_computed, "tokens_shared": scorer.num_given - scorer.num_computed}
 
 
 def answered(task: Task, examples: Sequence[Example], engine: Any) -> Iterator[Outcome]:

@@ -51,10 +51,15 @@ class Ratio:
     """Its derivative, for differences."""
 
 
+def _exp(nats: float) -> float:
+    """Infinity where a float ends, as of a model whose weights are broken."""
+    return math.exp(nats) if nats < 709 else math.inf
+
+
 RATIOS = {
-    "perplexity": Ratio("nll", "tokens", math.exp, math.exp),
-    "word_perplexity": Ratio("nll", "words", math.exp, math.exp),
-    "byte_perplexity": Ratio("nll", "bytes", math.exp, math.exp),
+    "perplexity": Ratio("nll", "tokens", _exp, _exp),
+    "word_perplexity": Ratio("nll", "words", _exp, _exp),
+    "byte_perplexity": Ratio("nll", "bytes", _exp, _exp),
     "bits_per_byte": Ratio("nll", "bytes", lambda nats: nats / math.log(2), lambda _: 1 / math.log(2)),
 }
 """``nll`` is minus the log-probability of a document in nats; ``tokens``, ``words`` and ``bytes`` are its lengths. Only the

@@ -47,9 +47,15 @@ class Subject:
         """What answers; weights are loaded here."""
         return remote_engine(self.config) if self.is_remote else make_engine(self.source)
 
-    def engine_facts(self) -> dict[str, Any]:
-        """What computes, once there is an engine."""
-        return {"engine": self.config.eval_url} if self.is_remote else {"engine": self.config.infer_backend, **self.source.facts()}
+    def engine_facts(self, engine: Engine) -> dict[str, Any]:
+        """What computes."""
+        if self.is_remote:
+            return {"engine": self.config.eval_url}
+        return {"engine": type(engine).__name__.removesuffix("Engine").lower(), **self.source.facts()}
+
+    def free(self) -> None:
+        """Let go of weights, if they were loaded; the next model gets their memory."""
+        self.__dict__.pop("source", None)
 
     @cached_property
     def facts(self) -> dict[str, Any]:

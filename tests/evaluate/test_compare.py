@@ -123,6 +123,11 @@ def test_other_questions_are_not_compared(changes, told):
     assert "mmlu: base and tuned cannot be compared" in caught.value.message
 
 
+def test_the_same_questions_may_lie_in_another_place():
+    found = compare(result([1, 0]), result([1, 1], about=replace(ABOUT, source="/data/mmlu")), names=NAMES)
+    assert found.difference == 0.5
+
+
 def test_no_item_in_common_is_no_comparison():
     with pytest.raises(DataError, match="no example in common"):
         compare(result([1, 0]), result([1, 0], start=2), names=NAMES)

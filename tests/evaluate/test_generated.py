@@ -176,7 +176,7 @@ def test_unknown_names_in_a_declaration_are_refused(task, old, new, message, hin
 
 def test_a_right_answer_that_is_no_choice_is_refused(task):
     with pytest.raises(DataError, match=r"test.jsonl:1: the right answer 'C' is none of A, B"):
-        scored(task(rows=[{**ROWS[0], "answer": "C"}]), "A")
+        task(rows=[{**ROWS[0], "answer": "C"}])
 
 
 NUMBERS = MCQ.replace('choices: "[A, B]"', "extract: [{regex: {pattern: '=(.*)', select: 0}}, number]\n    metrics: [number, rouge]")
@@ -199,7 +199,9 @@ def test_an_engine_answers_as_generate_does(task, tiny_model):
     from swift.config.evaluate import EvalConfig
     from swift.config.options import build
 
-    config = build(EvalConfig, ("argument", {"model": str(tiny_model), "eval_dataset": ["x"], "max_new_tokens": 12}))
+    config = build(
+        EvalConfig, ("argument", {"model": str(tiny_model), "eval_dataset": ["x"], "max_new_tokens": 12, "weight_format": "torch"})
+    )
     source = source_of(config)
     made = task(MCQ.replace('stop: ["\\n\\n"]', "stop: []"), tokenizer=source.tokenizer, config=config)
     requests = [dataclasses.replace(asked(made, number).request, id=str(number)) for number in (0, 1)]
@@ -247,3 +249,11 @@ def test_several_answers_to_a_question_are_examples_of_one_cluster(task):
 def test_settings_of_a_task_that_have_no_effect_are_refused(task, given, message):
     with pytest.raises(ConfigError, match=message):
         task(arguments=given)
+
+
+def test_the_beginning_of_an_answer_that_is_given_is_read_with_it(task):
+    text = MCQ.replace("gold: answer", "gold: answer\n    prefix: 'The answer is'")
+    made, remote = task(text), task(text, most=None)
+    assert asked(made).prompt.endswith("assistant\nThe answer is")
+    assert scored(made, " B").detail["rule"] == "statement"
+    assert asked(remote).notes == {"prefix_left_out": "The answer is"} and scored(remote, " B").detail["rule"] == "beginning"

@@ -55,6 +55,13 @@ SAID = [
     ("It must be **B. Berlin** in my view", "B", "emphasis"),
     ("I considered A, but in the end it has to be C", "C", "last letter"),
     ("Probably D, certainly not A", "D", "last letter"),
+    ("option (b)", "B", "statement"),
+    ("The answer is \\(B\\).", "B", "statement"),
+    ('{"answer": "B"}', "B", "statement"),
+    ("选A不选B", "A", "statement"),
+    ("正确答案不是A，而是B", "B", "last letter"),
+    ("Answer:\nB", "B", "statement"),
+    ("B和C都不对，应选A", "A", "statement"),
 ]
 
 NOTHING = [
@@ -73,6 +80,8 @@ NOTHING = [
     ("The answer is A or B", "several letters are named"),
     ("答案是A和C", "several letters are named"),
     ("A, B", "several letters are named"),
+    ("C or D", "several letters are named"),
+    ("As an AI, I cannot tell", "no letter of a choice"),
     ("A. London\nB. Berlin\nC. Paris\nD. none", "no letter of a choice"),
     ("答案：ABD", "no letter of a choice"),
     ("The answer is not (A)", "no letter of a choice"),

@@ -144,6 +144,19 @@ def test_a_result_that_says_little_says_so(outcomes, told):
     assert told in "\n".join(found.warnings)
 
 
+def test_few_items_say_nothing_about_a_constant_answer():
+    found = build([ModelResult("m", [TaskResult(ABOUT, [outcome(n, 1, gold="ABBB"[n % 4]) for n in range(8)])])]).tasks[0].results[0]
+    assert (found.guess.blind, found.guess.constant, found.guess.best) == (0.25, 0.25, 0.25)
+
+
+def test_written_answers_of_few_kinds_have_a_guess_too():
+    outcomes = [replace(outcome(n, 1), detail={"answer": "..."}) for n in range(40)]
+    found = build([ModelResult("m", [TaskResult(replace(ABOUT, mode="generate"), outcomes)])]).tasks[0].results[0]
+    assert (found.guess.blind, found.guess.constant) == (0.25, 0.25)
+    other = [replace(item, gold=str(n)) for n, item in enumerate(outcomes)]
+    assert build([ModelResult("m", [TaskResult(ABOUT, other)])]).tasks[0].results[0].guess is None
+
+
 def test_a_result_that_stands_has_no_warning():
     many = ModelResult("m", [TaskResult(ABOUT, [outcome(n, n % 3 != 0) for n in range(300)])])
     assert build([many]).tasks[0].results[0].warnings == []
@@ -244,6 +257,27 @@ def test_perplexity_is_written_as_a_number_and_lower_is_better():
     assert "| better |" in text
 
 
+def test_a_broken_model_still_has_a_report(tmp_path):
+    about = replace(ABOUT, mode="perplexity", metric="perplexity", groups={})
+    outcomes = [Outcome(str(n), "", "half \ud83d", "", None, {"nll": 9000.0 + n, "tokens": 9.0}) for n in range(3)]
+    report.write(tmp_path, [ModelResult("m", [TaskResult(about, outcomes)])])
+    value = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert value["tasks"][0]["results"][0]["value"]["value"] is None
+    assert "inf" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_fields_of_the_json_are_those_of_its_version(tmp_path):
+    report.write(tmp_path, [BASE, TUNED])
+    value = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    fields = "version created swift options models tasks comparisons uncompared contamination effects flips"
+    assert set(value) == set(fields.split())
+    fields = "model about items value macro metrics groups categories unanswered notes guess calibration facts warnings file"
+    assert set(value["tasks"][0]["results"][0]) == set(fields.split())
+    assert set(value["tasks"][0]["results"][0]["value"]) == set("value low high count clusters method".split())
+    fields = "task mode metric first second count alone_first alone_second value_first value_second difference low high"
+    assert set(value["comparisons"][0]) == {*fields.split(), "p_value", "p_adjusted", "method", "counts"}
+
+
 def test_an_earlier_report_is_read_back_with_all_its_answers(tmp_path):
     place = written(tmp_path, BASE, TUNED)
     found = report.load(place)
@@ -265,6 +299,12 @@ def test_a_folder_without_a_report_is_no_baseline(tmp_path):
 def test_another_json_file_is_no_report(tmp_path, text):
     (tmp_path / "report.json").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match="is no report of swift eval"):
+        report.load(tmp_path)
+
+
+def test_a_report_with_parts_missing_is_told(tmp_path):
+    (tmp_path / "report.json").write_text('{"version": 1, "models": []}', encoding="utf-8")
+    with pytest.raises(DataError, match="lacks parts of a report"):
         report.load(tmp_path)
 
 

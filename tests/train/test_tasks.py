@@ -23,39 +23,58 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture
-def task(tmp_path):
-    """A declaration of five questions beside its data, in modes choice and generate; ``changes`` are of the declaration."""
+def declare(folder, name="winter", **changes):
+    """The options that evaluate a task of five questions, which are written to ``folder``; ``changes`` are of its declaration."""
+    lines = [{"question": question, "choices": choices, "answer": answer} for question, choices, answer in QUESTIONS]
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    declared = {
+        "name": name,
+        "title": "Winter",
+        "licence": "CC0-1.0",
+        "source": {"layouts": [{"splits": {"test": [f"{name}.jsonl"]}}]},
+        "split": "test",
+        "modes": {"choice": {"prompt": "Question: {{ question }}\nAnswer:", "choices": "choices", "gold": "answer"}},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(declared | changes), encoding="utf-8")
+    return dict(eval_dataset=[str(path)], eval_data_dir=str(folder), eval_steps=2, eval_on_start=True)
 
-    def declare(name="winter", **changes):
-        lines = [{"question": question, "choices": choices, "answer": answer} for question, choices, answer in QUESTIONS]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        prompt = "Question: {{ question }}\nAnswer:"
-        declared = {
-            "name": name,
-            "title": "Winter",
-            "licence": "CC0-1.0",
-            "source": {"layouts": [{"splits": {"test": [f"{name}.jsonl"]}}]},
-            "split": "test",
-            "modes": {
-                "choice": {"prompt": prompt, "choices": "choices", "gold": "answer"},
-                "generate": {"prompt": prompt, "gold": "choices[answer]", "max_new_tokens": 5, "extract": "text"},
-            },
-        }
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(declared | changes), encoding="utf-8")
-        return str(path)
 
-    return declare
+def declare_two(folder):
+    """A task whose answers are scored, and one whose answers are written."""
+    mode = {"prompt": "Q: {{ question }}", "gold": "choices[answer]", "max_new_tokens": 5, "extract": "text"}
+    scored, written = declare(folder), declare(folder, "written", modes={"generate": mode})
+    return scored | {"eval_dataset": scored["eval_dataset"] + written["eval_dataset"]}
 
 
 @pytest.fixture
-def tasks(task, tmp_path):
-    """Options that evaluate a task whose answers are scored, and one whose answers are written."""
-    written = task(
-        "written", modes={"generate": {"prompt": "Q: {{ question }}", "gold": "choices[answer]", "max_new_tokens": 5, "extract": "text"}}
+def tasks(tmp_path):
+    return declare_two(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory):
+    """A run of five steps without validation rows, with tasks at steps 0, 2, 4 and 5, and a checkpoint at each of these."""
+    from swift.api import sft
+
+    folder = tmp_path_factory.mktemp("finished")
+    row = {"messages": [{"role": "user", "content": "what falls"}, {"role": "assistant", "content": "snow and ice"}]}
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    return sft(
+        model=str(tiny_model),
+        dataset=str(folder / "rows.jsonl"),
+        output_dir=str(folder / "run"),
+        add_version=False,
+        report_to="none",
+        tuner_type="full",
+        learning_rate=1e-2,
+        max_steps=5,
+        save_steps=2,
+        logging_steps=1,
+        report_samples=0,
+        load_best_model_at_end=True,
+        **declare_two(folder),
     )
-    return dict(eval_dataset=[task(), written], eval_data_dir=str(tmp_path), eval_steps=2, eval_on_start=True)
 
 
 def weights(result):
@@ -86,14 +105,13 @@ def test_training_with_tasks_is_training_without_them_bit_for_bit(run, tasks, op
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
-def test_the_numbers_are_logged_at_each_evaluation_and_are_those_of_the_checkpoint(run, tasks):
-    result = run(**tasks, tuner_type="full", save_steps=2, max_steps=5)
-    found = {line["step"]: line for line in metrics(result) if "eval_winter_acc" in line}
+def test_the_numbers_are_logged_at_each_evaluation_and_are_those_of_the_checkpoint(finished):
+    found = {line["step"]: line for line in metrics(finished) if "eval_winter_acc" in line}
     assert list(found) == [0, 2, 4, 5]
     for step in (2, 4, 5):
-        assert found[step]["eval_winter_acc"] == by_hand(result.run / f"checkpoint-{step}"), step
+        assert found[step]["eval_winter_acc"] == by_hand(finished.run / f"checkpoint-{step}"), step
     assert found[5]["eval_winter_acc_low"] <= found[5]["eval_winter_acc"] <= found[5]["eval_winter_acc_high"]
-    line = json.loads((result.run / "logging.jsonl").read_text().splitlines()[0])
+    line = json.loads((finished.run / "logging.jsonl").read_text().splitlines()[0])
     assert line["eval_winter_acc"] == pytest.approx(found[0]["eval_winter_acc"])
 
 
@@ -114,13 +132,12 @@ def by_hand(checkpoint):
     return right / len(QUESTIONS)
 
 
-def test_without_validation_rows_the_tasks_alone_are_evaluated_and_choose_the_best(run, tasks):
-    result = run(**tasks, save_steps=2, load_best_model_at_end=True)
-    lines = [line for line in metrics(result) if "eval_winter_acc" in line]
+def test_without_validation_rows_the_tasks_alone_are_evaluated_and_choose_the_best(finished):
+    lines = [line for line in metrics(finished) if "eval_winter_acc" in line]
     assert not any("eval_loss" in line for line in lines)
     best = max(lines[1:], key=lambda line: line["eval_winter_acc"])
-    assert (result.state.best_step, result.state.best_metric) == (best["step"], best["eval_winter_acc"])
-    assert result.checkpoint.name == f"checkpoint-{best['step']}"
+    assert (finished.state.best_step, finished.state.best_metric) == (best["step"], best["eval_winter_acc"])
+    assert finished.checkpoint.name == f"checkpoint-{best['step']}"
 
 
 def test_with_validation_rows_both_are_evaluated_and_the_loss_chooses(run, tasks):
@@ -140,14 +157,13 @@ def test_a_task_without_gain_ends_the_run(run, tasks):
     assert result.state.global_step == 4
 
 
-def test_the_report_has_a_table_with_intervals_and_a_plot(run, tasks):
-    result = run(**tasks)
-    text = (result.run / "report.md").read_text(encoding="utf-8")
-    first = next(line for line in metrics(result) if "eval_winter_acc" in line)
+def test_the_report_has_a_table_with_intervals_and_a_plot(finished):
+    text = (finished.run / "report.md").read_text(encoding="utf-8")
+    first = next(line for line in metrics(finished) if "eval_winter_acc" in line)
     interval = f"{first['eval_winter_acc']:.4f} [{first['eval_winter_acc_low']:.4f}, {first['eval_winter_acc_high']:.4f}] at step 0"
     assert f"| winter_acc | {interval} |" in text
     assert "| written_acc |" in text
-    assert (result.run / "tasks.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished.run / "tasks.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_resumed_run_with_tasks_is_the_uninterrupted_one_bit_for_bit(run, tasks):
@@ -163,44 +179,27 @@ def untimed(lines):
     return [{name: value for name, value in line.items() if not name.endswith(("runtime", "per_s"))} for line in lines]
 
 
-def test_no_tensor_of_an_evaluation_stays_in_memory(run, tasks, monkeypatch):
+def test_an_evaluation_leaves_no_tensor_in_memory_and_each_module_as_it_was(run, tasks, monkeypatch):
     from swift.train import run as module
 
-    counts = []
+    found = []
 
-    def counted(*args, **options):
-        evaluate(*args, **options)  # what is made once and kept, such as masks, is there now
-        before = tensors()
-        values = evaluate(*args, **options)
-        counts.append(tensors() - before)
+    def watched(live, loaded, model, **options):
+        evaluate(live, loaded, model, **options)  # what is made once and kept, such as masks, is there now
+        before = tensors(), state(model)
+        values = evaluate(live, loaded, model, **options)
+        found.append((tensors(), state(model)) == before)
         return values
 
     evaluate = module.evaluate_tasks
-    monkeypatch.setattr(module, "evaluate_tasks", counted)
-    run(**tasks, tuner_type="full", max_steps=2)
-    assert counts == [0, 0]
+    monkeypatch.setattr(module, "evaluate_tasks", watched)
+    run(**tasks, tuner_type="full", padding_free=False, max_steps=2)
+    assert found == [True, True]
 
 
 def tensors():
     gc.collect()
     return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
-
-
-def test_modes_of_modules_and_attention_are_what_they_were(run, tasks, monkeypatch):
-    from swift.train import run as module
-
-    seen = []
-
-    def looked_at(live, loaded, model, **options):
-        before = state(model)
-        values = evaluate(live, loaded, model, **options)
-        seen.append(state(model) == before)
-        return values
-
-    evaluate = module.evaluate_tasks
-    monkeypatch.setattr(module, "evaluate_tasks", looked_at)
-    run(**tasks, padding_free=False, max_steps=2)
-    assert seen == [True, True]
 
 
 def state(model):
@@ -225,16 +224,14 @@ def test_an_unknown_task_is_refused_before_the_model_loads(refused):
     refused(ConfigError, "mmul", eval_dataset=["mmul"])
 
 
-def test_missing_data_are_refused_before_the_model_loads(refused, task, tmp_path):
-    path = task()
+def test_missing_data_are_refused_before_the_model_loads(refused, tasks, tmp_path):
     (tmp_path / "winter.jsonl").unlink()
-    refused(DataError, "no data of task winter", eval_dataset=[path], eval_data_dir=str(tmp_path))
+    refused(DataError, "no data of task winter", **tasks)
 
 
-def test_a_missing_column_is_refused_before_the_model_loads(refused, task, tmp_path):
-    path = task()
+def test_a_missing_column_is_refused_before_the_model_loads(refused, tasks, tmp_path):
     (tmp_path / "winter.jsonl").write_text('{"question": "q", "answer": 0}\n', encoding="utf-8")
-    refused(DataError, "column 'choices' is missing", eval_dataset=[path], eval_data_dir=str(tmp_path))
+    refused(DataError, "column 'choices' is missing", **tasks)
 
 
 def test_an_unknown_metric_is_refused_before_the_model_loads(refused, tasks):
@@ -272,11 +269,9 @@ def test_a_dry_run_reads_the_tasks_and_says_so(run, tasks, capsys):
     assert "winter: 5 examples, choice, 0 solved before each" in capsys.readouterr().out
 
 
-def test_a_perplexity_is_better_when_it_is_lower(run, task, tmp_path):
-    path = task(modes={"perplexity": {"text": "{{ question }}"}})
-    result = run(eval_dataset=[path], eval_data_dir=str(tmp_path), eval_steps=2, max_steps=6)
-    name = result.state.log_history and next(key for key in result.state.log_history[-1] if key.endswith("perplexity"))
-    values = [line[name] for line in metrics(result) if name in line]
+def test_a_perplexity_is_better_when_it_is_lower(run, tmp_path):
+    result = run(**declare(tmp_path, modes={"perplexity": {"text": "{{ question }}"}}), max_steps=4)
+    values = [line["eval_winter_perplexity"] for line in metrics(result) if "eval_winter_perplexity" in line]
     assert len(values) == 3
     assert all(math.isfinite(value) for value in values)
-    assert result.state.best_metric == min(values)
+    assert result.state.best_metric == min(values[1:])

@@ -123,6 +123,7 @@ def task_result(
         uses_chat_template=bool(about.get("uses_chat_template")),
         licence="",
         source=str(about.get("source") or ""),
+        counts=about.get("counts") or {},
         digest=digest([maker, name, dict(about), [outcome.id for outcome in outcomes]]),
     )
     return TaskResult(made, outcomes, dict(numbers))

@@ -1,7 +1,8 @@
 """EvalScope, which asks a server: its own data sets, prompts, extraction of answers and metrics."""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ OURS = {
 
 def check(config: EvalConfig) -> None:
     """See Evaluator. EvalScope's own schema judges the options, and its registry the names of tasks."""
-    require("evalscope", "evalscope", config)
+    require("evalscope", config, extra="evalscope")
     if config.eval_mode not in (None, "generate"):
         raise ConfigError(f"--eval_mode {config.eval_mode} is not EvalScope's: it asks a server for written answers", hint="remove it")
     if config.use_chat_template is False:
@@ -56,7 +57,11 @@ def check(config: EvalConfig) -> None:
     check_settings(config)
     refuse_ours(config, OURS)
     options = options_of(config) | {"model": "model", "api_url": "http://127.0.0.1/v1", "api_key": "none"}
-    known = work("evalscope", "check", {"config": options}, config)
+    judge(config, work("evalscope", "check", {"config": options}, config))
+
+
+def judge(config: EvalConfig, known: Mapping[str, Any]) -> None:
+    """ConfigError for a name that is not among those that EvalScope has said it knows, or for what its schema refuses."""
     what = f"which EvalScope {known['version']} does not know"
     refuse_unknown(extra(config), known["options"], "--extra_eval_args", what)
     refuse_unknown(config.eval_dataset, known["tasks"], "--eval_dataset", what)
@@ -116,16 +121,19 @@ def read_task(own: Path, model: str, task: str, maker: str, options: dict[str, A
     """A task as EvalScope has written it below ``own``; MachineError if it has not."""
     try:
         report = json.loads((own / "reports" / model / f"{task}.json").read_text(encoding="utf-8"))
-        outcomes = [
-            _outcome(json.loads(line), file.stem.removeprefix(f"{task}_"))
-            for file in sorted((own / "reviews" / model).glob(f"{task}_*.jsonl"))
-            for line in file.read_text(encoding="utf-8").splitlines()
-        ]
-        numbers, metric = _numbers(report), _main_metric(own, model, task)
+        rows = _rows(own, model, task)
+        outcomes = [_outcome(row, subset) for subset, row in rows]
+        numbers, metric = _numbers(report), _main_metric(rows)
         resolved = _resolved(own, task)
+        counts = _counts(report, rows)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
         raise MachineError(f"{own} does not hold what {maker} writes of {task}: {problem or type(problem).__name__}") from None
-    about = {"num_fewshot": resolved.get("few_shot_num"), "uses_chat_template": True, "source": resolved.get("dataset_id")}
+    about = {
+        "num_fewshot": resolved.get("few_shot_num"),
+        "uses_chat_template": True,
+        "source": resolved.get("dataset_id"),
+        "counts": counts,
+    }
     return task_result(
         task, report.get("dataset_pretty_name") or task, maker, metric=metric, outcomes=outcomes, numbers=numbers, about=about
     )
@@ -144,13 +152,33 @@ def _numbers(report: dict[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _main_metric(own: Path, model: str, task: str) -> str:
-    """The metric of an item that EvalScope takes first."""
+def _rows(own: Path, model: str, task: str) -> list[tuple[str, dict[str, Any]]]:
+    """(subset, line) of its reviews, in the order of the data; it writes them in the order of the answers."""
+    found = []
     for file in sorted((own / "reviews" / model).glob(f"{task}_*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            score = json.loads(line)["sample_score"]["score"]
-            return str(score.get("main_score_name") or next(iter(score["value"]), ""))
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        found += [(file.stem.removeprefix(f"{task}_"), row) for row in sorted(rows, key=lambda row: int(row["index"]))]
+    return found
+
+
+def _main_metric(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """The metric of an item that EvalScope takes first."""
+    for _, row in rows:
+        score = row["sample_score"]["score"]
+        return str(score.get("main_score_name") or next(iter(score["value"]), ""))
     return ""
+
+
+def _failed(row: Mapping[str, Any]) -> dict[str, str]:
+    """Metrics that EvalScope could not compute of an item, and why; it counts them as 0."""
+    return (row["sample_score"]["score"].get("metadata") or {}).get("metric_errors") or {}
+
+
+def _counts(report: dict[str, Any], rows: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, int]:
+    """What a reader must know of items: those without an answer, and those whose 0 is none."""
+    found = Counter(f"EvalScope could not compute {name}, and its own mean counts a 0" for _, row in rows for name in _failed(row))
+    errored = int((report.get("execution_summary") or {}).get("errored") or 0)
+    return dict(found) | ({"EvalScope got no answer": errored} if errored else {})
 
 
 def _resolved(own: Path, task: str) -> dict[str, Any]:
@@ -160,16 +188,17 @@ def _resolved(own: Path, task: str) -> dict[str, Any]:
 
 
 def _outcome(row: dict[str, Any], subset: str) -> Outcome:
-    """A line of its reviews: what was asked and said, and the values of its metrics."""
-    score = row["sample_score"]["score"]
+    """A line of its reviews: what was asked and said, and the values of the metrics that could be computed."""
+    score, failed, gold = row["sample_score"]["score"], _failed(row), row["target"]
+    broken = tuple(name.lower() for name in failed)
     return Outcome(
-        id=f"{subset}:{row['sample_score'].get('sample_id', row['index'])}",
+        id=f"{subset}:{row['index']}",
         category=subset,
         prompt="\n\n".join(_text(message) for message in row["messages"] if message["role"] != "assistant"),
-        gold=str(row["target"]),
-        prediction=score.get("extracted_prediction"),
-        metrics={name: float(value) for name, value in score["value"].items()},
-        detail={"answer": score.get("prediction")},
+        gold=" | ".join(map(str, gold)) if isinstance(gold, list) else str(gold),
+        prediction=score.get("extracted_prediction") or None,
+        metrics={name: float(value) for name, value in score["value"].items() if not name.lower().startswith(broken)},
+        detail={"answer": score.get("prediction")} | ({"failed": failed} if failed else {}),
     )
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +59,27 @@ def model_of(config: EvalConfig) -> str:
 
 def check(config: EvalConfig) -> None:
     """See Evaluator. lm_eval says which tasks and options there are; how a task is scored is its own matter."""
-    require("lm_eval", "lm_eval", config)
+    require("lm_eval", config, extra="lm_eval")
     config.refuse_without_effect(("eval_mode",), "with lm_eval, whose tasks declare how they are scored")
     model = model_of(config)
     if model == HF:
         names = ("chat_template", "quant_method", "infer_backend", "enable_thinking", "max_model_len", "weight_format")
         config.refuse_without_effect(names, f'with lm_eval\'s own model; --extra_eval_args {{"model": "{COMPLETIONS}"}} asks a server')
     check_settings(config)
-    given = extra(config)
     refuse_ours(config, OURS)
-    arguments = given.get("model_args") or {}
+    arguments = extra(config).get("model_args") or {}
     if not isinstance(arguments, dict):
         raise ConfigError("--extra_eval_args has model_args that are no object", hint='such as {"model_args": {"add_bos_token": true}}')
-    known = work("lm_eval", "check", {"model": model, "model_args": arguments, "data": data_of(config)}, config)
+    shots_of(config)
+    judge(config, work("lm_eval", "check", {"model": model, "model_args": arguments, "data": data_of(config)}, config))
+
+
+def judge(config: EvalConfig, known: Mapping[str, Any]) -> None:
+    """ConfigError for a name that is not among those that lm_eval has said it knows."""
+    given = extra(config)
     what = f"which lm_eval {known['version']} does not know"
     refuse_unknown(given, known["options"], "--extra_eval_args", what)
-    refuse_unknown(arguments, known["model_options"], f"model_args of {model} in --extra_eval_args", what)
+    refuse_unknown(given.get("model_args") or {}, known["model_options"], f"model_args of {model_of(config)} in --extra_eval_args", what)
     for task in config.eval_dataset:
         refuse_unknown(names_of(task), known["tasks"], "--eval_dataset", what)
         refuse_unknown(settings(config, task), SETTINGS, f"--eval_dataset_args of {task}", "which has no meaning for lm_eval")
@@ -188,12 +193,13 @@ def read_task(own: Path, name: str, maker: str, options: dict[str, Any]) -> Task
     try:
         results = json.loads((own / "results.json").read_text(encoding="utf-8"))
         leaves = _leaves(results, name)
-        outcomes = [outcome for leaf in leaves for outcome in _outcomes(own, leaf, leaf if len(leaves) > 1 else "")]
+        names = {leaf: str(results["results"][leaf].get("alias") or leaf) for leaf in leaves} if len(leaves) > 1 else {}
+        outcomes = [outcome for leaf in leaves for outcome in _outcomes(own, leaf, names.get(leaf, ""))]
         own_numbers = results.get("groups", {}).get(name) or results["results"].get(name, {})
         numbers = {key: float(value) for key, value in own_numbers.items() if "," in key and isinstance(value, int | float)}
         shots = results["n-shot"].get(leaves[0], 0)
         sources = {results["configs"][leaf]["dataset_path"] for leaf in leaves}
-    except (OSError, ValueError, LookupError, TypeError) as problem:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
         raise MachineError(f"{own} does not hold what {maker} writes of {name}: {problem or type(problem).__name__}") from None
     metric = next((key for key in numbers if "_stderr," not in key), "")
     about = {"num_fewshot": shots, "uses_chat_template": options["apply_chat_template"], "source": ", ".join(sorted(sources))}
@@ -223,10 +229,10 @@ def _outcomes(own: Path, leaf: str, category: str) -> list[Outcome]:
 
 def _answer(row: dict[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
     """(prompt, prediction, detail): of choices their log-likelihoods, of which the largest is meant; else what was written."""
-    arguments = [row["arguments"][key] for key in sorted(row["arguments"], key=lambda key: int(key.rpartition("_")[2]))]
-    prompt, answers = str(arguments[0]["arg_0"]), row["filtered_resps"]
+    arguments, answers = row["arguments"], row["filtered_resps"]
+    prompt = str(arguments[0][0])
     if isinstance(answers[0], list):
         values = [float(answer[0]) for answer in answers]
-        detail = {"loglikelihoods": values, "choices": [each.get("arg_1") for each in arguments]}
+        detail = {"loglikelihoods": values, "choices": [each[1] for each in arguments]}
         return prompt, str(values.index(max(values))), detail
     return prompt, str(answers[0]), {"answer": row["resps"][0][0]}

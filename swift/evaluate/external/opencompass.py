@@ -31,13 +31,17 @@ MODEL = (  # fields of its class OpenAISDK, and those of every model of OpenComp
 
 def check(config: EvalConfig) -> None:
     """See Evaluator. Its own parser judges the options; data sets are files of its configs, such as mmlu_gen."""
-    require("opencompass", "opencompass", config)
+    require("opencompass", config)
     because = "with OpenCompass, whose data sets say how they are asked"
     config.refuse_without_effect(("eval_mode", "eval_num_fewshot", "system", "use_chat_template"), because)
     check_settings(config)
     refuse_ours(config, OURS)
+    judge(config, work("opencompass", "check", {"words": words_of(config)}, config))
+
+
+def judge(config: EvalConfig, known: Mapping[str, Any]) -> None:
+    """ConfigError for a name that is not among those that OpenCompass has said it knows, or for what its parser refuses."""
     given = {name.replace("_", "-"): value for name, value in extra(config).items()}
-    known = work("opencompass", "check", {"words": words_of(config)}, config)
     what = f"which OpenCompass {known['version']} does not know"
     refuse_unknown(given, known["options"], "--extra_eval_args", what)
     refuse_unknown(config.eval_dataset, known["tasks"], "--eval_dataset", what)

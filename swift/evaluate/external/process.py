@@ -108,10 +108,10 @@ def python_of(config: EvalConfig) -> str:
     return named
 
 
-def require(module: str, package: str, config: EvalConfig) -> None:
-    """DependencyError if our interpreter is to run ``package`` and has no ``module``. Nothing is imported."""
+def require(module: str, config: EvalConfig, *, extra: str | None = None) -> None:
+    """DependencyError if our interpreter is to run ``module`` and has none, which ``extra`` brings. Nothing is imported."""
     if python_of(config) == sys.executable and importlib.util.find_spec(module) is None:
-        raise _missing(module, package)
+        raise _missing(module, extra or module)
 
 
 def _missing(module: str, package: str) -> DependencyError:

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,6 @@ def _work(program: str, action: str) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "cli":
         _watch(kill=False)
-        from swift.cli import main
-
-        main(sys.argv[2:])
+        import_module("swift.cli").main(sys.argv[2:])
     else:
         _work(*sys.argv[1:3])

@@ -31,13 +31,17 @@ NO_JUDGE = "exact_matching"  # left open, VLMEvalKit sends questions and answers
 
 def check(config: EvalConfig) -> None:
     """See Evaluator. Names of data sets are not checked: it takes any name of which it finds a table."""
-    require("vlmeval", "vlmevalkit", config)
+    require("vlmeval", config, extra="vlmevalkit")
     because = "with VLMEvalKit, whose data sets say how they are asked"
     config.refuse_without_effect(
         ("eval_mode", "eval_num_fewshot", "eval_dataset_args", "eval_data_dir", "system", "use_chat_template"), because
     )
     refuse_ours(config, OURS)
-    known = work("vlmevalkit", "check", {}, config)
+    judge(config, work("vlmevalkit", "check", {}, config))
+
+
+def judge(config: EvalConfig, known: Mapping[str, Any]) -> None:
+    """ConfigError for a name that is not among those that VLMEvalKit has said it knows."""
     what = f"which VLMEvalKit {known['version']} does not know"
     refuse_unknown(extra(config), known["options"], "--extra_eval_args", what)
     refuse_unknown(generation(config, NAMES), known["options"], "--eval_generation_config", what)

@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterator
 
 from swift.evaluate.judging import Extractor, Found, Question, Setting
 
-_OPEN = r"[\s*_`\"'“‘(\[{$]*"
-_CLOSE = r"[\s*_`\"'”’)\]}$]*"
+_OPEN = r"[\\\s*_`\"'“‘(\[{$]*"
+_CLOSE = r"[\\\s*_`\"'”’)\]}$]*"
 # Words that may follow a letter "A" or "I" that is no article and no pronoun.
 _AFTER = "because|as|since|is|and|or|for|over|here|was|would|will|seems|fits"
 _WIDE = {ord(wide): narrow for wide, narrow in zip("：，．！？；【】", ":,.!?;[]", strict=True)}
-_WRONG = r"\s*(?:选项|项)?\s*(?:(?:是|is|are|was)\s*)?(?:不|错|incorrect|wrong|false|not\b)"
+_WRONG = r"\s*(?:选项|项)?\s*(?:(?:是|is|are|was)\s*)?(?:不(?!选|是)|错|incorrect|wrong|false|not\b)"
 
 # What stands before a letter that is stated to be the answer.
 _BEFORE = (
     r"\banswers?\b(?:[^.\n]{0,60}?)(?:\bis\b|\bbe\b|:|=)\s*:?\s*(?:most likely|probably|therefore|thus|clearly|definitely|indeed)?,?\s*"
     r"(?:the\s+)?(?:correct\s+|right\s+)?(?:option|choice|letter|statement|answer)?\s*",
+    r"\A\W*(?:option|choice|选项)\s*",
     r"\banswer\s+(?:option\s+|choice\s+)?",
     r"\b(?:correct|right|best|true)\s+(?:option|choice|statement|one|letter)\b[^.\n]{0,40}?(?:\bis\b|:|=)\s*"
     r"(?:the\s+)?(?:option|choice|letter)?\s*",
@@ -118,12 +119,14 @@ def _beginning(text: str, question: Question) -> str | None:
         return text.strip(" \t\n*_`\"'“”‘’()[]{}$.。").upper()
     if _lists_choices(text, question.letters):
         return None
+    one = _letter(question.letters)
+    if re.match(rf"{_OPEN}{one}{_CLOSE}(?:,\s*)?(?:\bor\b|\band\b|/|&|,|、|和|或|与){_OPEN}{one}", text):
+        return ""
     after = r"(?=\s*$|\s*\n|\s*[.)\]}*:,、。;_`\"”’]|\s+[A-Z(]|\s*[\u4e00-\u9fff]|\s+(?:because|since|as)\b)"
-    match = re.match(rf"{_OPEN}{_letter(question.letters)}{after}", text)
+    match = re.match(rf"{_OPEN}{one}{after}", text)
     if match is None or re.match(rf"{_CLOSE}[.:]?{_WRONG}", text[match.end() :]):
         return None
-    several = re.match(rf"{_CLOSE}(?:\bor\b|\band\b|/|&|,|、|和|或|与){_OPEN}{_letter(question.letters)}", text[match.end() :])
-    return "" if several else match[1]
+    return match[1]
 
 
 def _lists_choices(text: str, letters: str) -> bool:

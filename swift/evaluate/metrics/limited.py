@@ -1,10 +1,10 @@
 """Runs a program that a model has written, in a process of its own that has limits.
 
 What the limits do: seconds, memory, size and number of files, no further processes for a user that is not root, an empty folder of
-its own, no environment, and, where the system lets us (user namespaces), no network and no sight of other processes' ids.
+its own, no environment, and, where the system lets us (user namespaces), no network and no reach of other processes.
 What they do not protect from: the program runs as you. It can read and overwrite whatever you can, where the paths are known to it;
-a hole in the kernel is open to it; and a program that looks for how it is judged can cheat. Use a container for models that you do
-not trust.
+a hole in the kernel is open to it; without namespaces, what it starts as root in a session of its own outlives it; and a program that
+looks for how it is judged can cheat. Use a container for models that you do not trust.
 """
 
 import contextlib

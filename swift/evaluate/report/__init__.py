@@ -5,6 +5,7 @@ An outcome's ``detail`` may say more than its metrics, and the report shows it: 
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -37,11 +38,11 @@ def write(
 ) -> Path:
     """Write the report of ``models`` into ``folder`` and return it. A report of other models or tasks there is renamed first."""
     report = build(models, baselines, contamination or None, config)
-    value = asdict(report)
+    value = _plain(asdict(report))
     texts = {"md": markdown.render(report), "html": html.render(report)}
     _keep_other(folder, value)
     for ending, text in texts.items():
-        write_text(folder / f"{NAME}.{ending}", text)
+        write_text(folder / f"{NAME}.{ending}", _encodable(text))
     write_json(folder / f"{NAME}.json", value)
     return folder
 
@@ -58,11 +59,14 @@ def load(folder: Path) -> list[ModelResult]:
         raise DataError(
             f"{folder} holds no report of swift eval", hint="--eval_baseline takes the --eval_output_dir of an earlier evaluation"
         )
-    found = {model["name"]: ModelResult(model["name"], [], model["facts"]) for model in value["models"] if not model["is_baseline"]}
-    for part in value["tasks"]:
-        for result in part["results"]:
-            if result["model"] in found:
-                found[result["model"]].tasks.append(_task(folder, result))
+    try:
+        found = {model["name"]: ModelResult(model["name"], [], model["facts"]) for model in value["models"] if not model["is_baseline"]}
+        for part in value["tasks"]:
+            for result in part["results"]:
+                if result["model"] in found:
+                    found[result["model"]].tasks.append(_task(folder, result))
+    except (KeyError, TypeError):
+        raise DataError(f"{folder / NAME}.json lacks parts of a report", hint="evaluate these models again") from None
     return list(found.values())
 
 
@@ -77,7 +81,7 @@ def _task(folder: Path, result: dict[str, Any]) -> TaskResult:
     about = About(**result["about"])
     if head["about"].get("digest") != about.digest:
         raise DataError(f"{path} holds answers to other questions than the report in {folder}", hint="evaluate this model again")
-    if len(outcomes) != result["items"]:
+    if len(outcomes) < result["items"]:
         raise DataError(f"{path} holds {len(outcomes)} answers, the report {result['items']}", hint="evaluate this model again")
     return TaskResult(about, outcomes, result["facts"])
 
@@ -115,6 +119,22 @@ def _keep_other(folder: Path, value: dict[str, Any]) -> None:
         if path.exists():
             with explain_os_errors(path):
                 os.replace(path, folder / f"{NAME}-{made}.{ending}")
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: null for what is no finite number."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return _encodable(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _encodable(text: str) -> str:
+    """Halves of surrogate pairs, which a data set or a model may have written, have no bytes in UTF-8."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _subject(value: dict[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """The report as one HTML file: no script, no network. Jinja escapes everything but the style sheet and the plots made here."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -135,6 +135,8 @@ class _View:
             group = next((one.group for one in each if isinstance(one, Category)), "")
             counts = list(dict.fromkeys(f"{value.count:,}" for value in values if value))
             rows.append(_Division(name, group, " / ".join(counts), values, macros, plots.dots(axis, marks)))
+        if rows:  # narrow screens do not show the one above
+            rows[-1] = replace(rows[-1], plot=rows[-1].plot + plots.scale(axis))
         return rows
 
     def division_scale(self, part: TaskPart, rows: Sequence[_Division]) -> str:

@@ -29,9 +29,13 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+# HFLM hands what it does not know on to transformers.
+LOADING = {"attn_implementation", "device_map", "low_cpu_mem_usage", "load_in_4bit", "load_in_8bit", "quantization_config"}
+
+
 def _model_options(name: str) -> list[str]:
     registry: Any = import_module("lm_eval.api.registry")
-    names: set[str] = set()
+    names: set[str] = set(LOADING) if name == "hf" else set()
     for kind in registry.get_model(name).__mro__:
         if "__init__" in vars(kind):
             names |= set(inspect.signature(kind.__init__).parameters)
@@ -67,7 +71,8 @@ def _leaves(manager: Any, override: dict[str, Any]) -> list[str]:
     name, subsets = override["task"], override["subsets"]
     if name in manager.all_subtasks:
         return [name]
-    found = [leaf for leaf in manager.all_subtasks if leaf.startswith(f"{name}_") and _subset(manager, leaf) in subsets]
+    known = set(manager.all_subtasks)
+    found = [leaf for subset in subsets if (leaf := f"{name}_{subset}") in known and _subset(manager, leaf) == subset]
     if not found:
         raise ValueError(f"{override['folder']} has none of the subsets of {name}; it has {', '.join(subsets[:8]) or 'none'}")
     return found
