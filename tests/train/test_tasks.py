@@ -11,6 +11,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from swift.config.evaluate import EvalConfig
+from swift.config.options import of_checkpoint
 from swift.errors import ConfigError, DataError
 from tests.train.conftest import losses, metrics
 
@@ -262,6 +264,11 @@ def test_the_option_of_ms_swift_is_accepted_and_says_what_happens(run, tasks, ca
     result = run(**tasks, eval_use_evalscope=True, max_steps=1)
     assert "--eval_use_evalscope true is not needed" in capsys.readouterr().err
     assert any("eval_winter_acc" in line for line in metrics(result))
+
+
+def test_tasks_of_a_run_are_no_options_of_its_later_evaluation():
+    saved = {"eval_dataset": ["mmlu"], "eval_limit": 2, "eval_mode": "letter", "torch_dtype": "float32"}
+    assert of_checkpoint(EvalConfig, saved) == {"torch_dtype": "float32"}
 
 
 def test_a_dry_run_reads_the_tasks_and_says_so(run, tasks, capsys):
