@@ -1,4 +1,7 @@
-"""EvalScope, which asks a server: its own data sets, prompts, extraction of answers and metrics."""
+"""EvalScope, which asks a server: its own data sets, prompts, extraction of answers and metrics.
+
+It lives in an environment of its own, since it needs an older huggingface_hub than swift does.
+"""
 
 import json
 from collections import Counter
@@ -49,7 +52,7 @@ OURS = {
 
 def check(config: EvalConfig) -> None:
     """See Evaluator. EvalScope's own schema judges the options, and its registry the names of tasks."""
-    require("evalscope", config, extra="evalscope")
+    require("evalscope", config)
     if config.eval_mode not in (None, "generate"):
         raise ConfigError(f"--eval_mode {config.eval_mode} is not EvalScope's: it asks a server for written answers", hint="remove it")
     if config.use_chat_template is False:
