@@ -64,7 +64,7 @@ def test_evalscope_asks_our_server_and_goes_on_where_it_stopped(tmp_path):
     assert task.facts["accuracy:mean"] == mean  # its own number is the mean of the items that we show
     (again,) = evalscope.run(config, subjects(config), tmp_path / "out")
     assert [outcome.detail for outcome in again.tasks[0].outcomes] == [outcome.detail for outcome in task.outcomes]
-    assert len((tmp_path / "out").glob("evalscope/*/predictions/*/*.jsonl").__next__().read_text().splitlines()) == 2
+    assert len(next((tmp_path / "out").glob("evalscope/*/predictions/*/*.jsonl")).read_text().splitlines()) == 2  # asked once
 
 
 @pytest.mark.slow

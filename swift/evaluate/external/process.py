@@ -22,7 +22,8 @@ from swift.files import explain_os_errors
 PROGRAM = Path(__file__).with_name("program.py")
 PROGRAMS = Path(__file__).with_name("programs")
 # What the packages are called on PyPI that do not go into one environment with swift (see pyproject.toml), by their modules.
-APART = {"evalscope": "evalscope", "opencompass": "opencompass", "vlmeval": "ms-vlmeval"}
+# pip puts a pyarrow beside OpenCompass 0.5.4 that does not import with the numpy that it asks for.
+APART = {"evalscope": "evalscope", "opencompass": "opencompass 'pyarrow<21'", "vlmeval": "ms-vlmeval"}
 GRACE_S = 10.0  # a process that was told to end is killed after so long
 POLL_S = 0.1
 
