@@ -64,7 +64,7 @@ def test_a_model_is_served_with_a_key_of_its_own_and_nothing_is_left(tiny_model,
             ask(served, "another-key")
         known = at_url(make(eval_url=served.url, eval_api_key=served.key))
         assert (known.model, known.child) == (tiny_model.name, None)
-        with pytest.raises(MachineError, match="401"):
+        with pytest.raises(ConfigError, match="status 401"):
             at_url(make(eval_url=served.url, eval_api_key="another-key"))
         with pytest.raises(ConfigError, match="has no model other"):
             at_url(make(eval_url=served.url, eval_api_key=served.key, model="other"))
