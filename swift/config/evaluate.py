@@ -60,6 +60,11 @@ class EvalConfig(TasksConfig, GenerateConfig, QuantConfig, ModelConfig):
     list_tasks: bool = opt(False, "print the tasks and stop")
     load_args: bool = opt(True, "take model and rendering options from the run that --adapters names")
 
+    @classmethod
+    def takes_of_checkpoint(cls, name: str) -> bool:
+        """The tasks that a run evaluated while it trained are no wish for those that are asked now."""
+        return super().takes_of_checkpoint(name) and name not in TasksConfig.__dataclass_fields__
+
     def check(self) -> None:
         super().check()
         wanted = self.eval_backend.lower().replace("_", "").replace("-", "")

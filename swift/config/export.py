@@ -169,6 +169,16 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
         """Whether nothing is written: a model or an adapter is uploaded as it is."""
         return self.to is None and self.quant_method is None and self.push_to_hub and not (self.adapters and self.merge_lora)
 
+    @property
+    def takes_torch_dtype(self) -> bool:
+        """Whether --torch_dtype says which numbers are written; other formats have an option of their own."""
+        return self.to not in TARGETS or self.to == "tensorrt_llm"
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether numbers are chosen by what a text does to the model; otherwise text measures, and nothing else."""
+        return self.quant_method not in (None, "bnb") and not (self.quant_method == "fp8" and self.quant_activations == "dynamic")
+
     def check(self) -> None:
         super().check()
         if self.to_ollama:
@@ -211,7 +221,7 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
             raise ConfigError(f"--max_shard_size takes a size such as 5GB, not {self.max_shard_size!r}")
         if self.to is not None:
             self.refuse_without_effect(("max_shard_size",), f"with --to {self.to}")
-        if self.to in TARGETS and self.to != "tensorrt_llm":
+        if not self.takes_torch_dtype:
             self.refuse_without_effect(("torch_dtype",), f"with --to {self.to}")
 
     def _check_upload(self) -> None:
@@ -241,8 +251,6 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
                 self.refuse_without_effect(names, f"without --to {targets[0]}")
         if self.tensorrt_library != "rtx":
             self.refuse_without_effect(("tensorrt_compute_capability",), "without --tensorrt_library rtx")
-        if self.to == "tensorrt":
-            self.refuse_without_effect(("torch_dtype",), "with --to tensorrt: --tensorrt_precision says it")
 
     def _check_quantization(self) -> None:
         if self.quant_method == "gptq_v2":
@@ -313,12 +321,10 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
             because = "when merging" if self.merges_only else "when a model or an adapter is uploaded as it is"
             self.refuse_without_effect([*own, "max_kl", "load_data_args"], because)
             return
-        if self.quant_method == "fp8" and self.quant_activations == "dynamic":
-            because = "with --quant_method fp8 and --quant_activations dynamic, which need no calibration"
-            self.refuse_without_effect(("quant_n_samples", "quant_batch_size"), because)
-        if self.quant_method in (None, "bnb"):
-            because = f"with --to {self.to}" if self.quant_method is None else "with --quant_method bnb"
-            self.refuse_without_effect(("quant_n_samples", "quant_batch_size"), f"{because}, which needs no calibration")
+        if not self.calibrates:
+            because = f"with --to {self.to}" if self.quant_method is None else f"with --quant_method {self.quant_method}"
+            also = " and --quant_activations dynamic" if self.quant_method == "fp8" else ""
+            self.refuse_without_effect(("quant_n_samples", "quant_batch_size"), f"{because}{also}, which needs no calibration")
             if self.quant_eval_samples == 0:
                 self.refuse_without_effect([*own[: own.index("quant_n_samples")], "load_data_args"], "with --quant_eval_samples 0")
         if not self.dataset:

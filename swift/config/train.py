@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+from swift.config.evaluate import TasksConfig
 from swift.config.optim import OPTIMIZERS, REFUSED_OPTIMIZERS, reads_betas, reads_epsilon
 from swift.config.options import Config, opt
-from swift.errors import ConfigError
+from swift.errors import ConfigError, near
 
 SCHEDULES = (
     "linear",
@@ -16,6 +17,9 @@ SCHEDULES = (
     "inverse_sqrt",
     "cosine_with_min_lr",
 )
+
+
+LOSS_METRICS = ("loss", "token_acc")  # of validation rows
 
 
 @dataclass(kw_only=True)
@@ -137,6 +141,30 @@ class PrecisionConfig(Config):
 
 
 @dataclass(kw_only=True)
+class LiveTasksConfig(TasksConfig):
+    """Tasks that are evaluated while training."""
+
+    eval_use_evalscope: bool = opt(
+        False, "as ms-swift has it: evaluate the tasks of --eval_dataset while training, which happens without it"
+    )
+
+    def check(self) -> None:
+        super().check()
+        if not self.eval_dataset:
+            if self.eval_use_evalscope:
+                raise ConfigError("--eval_use_evalscope true needs tasks", hint="say --eval_dataset gsm8k")
+            names = [name for name in TasksConfig.__dataclass_fields__ if name != "eval_dataset"]
+            self.refuse_without_effect(names, "without --eval_dataset")
+        if self.eval_use_evalscope:
+            from swift import console
+
+            console.notice(
+                "--eval_use_evalscope true is not needed: swift evaluates the tasks of --eval_dataset itself;"
+                " swift eval --eval_backend evalscope leaves a saved model to EvalScope"
+            )
+
+
+@dataclass(kw_only=True)
 class RunConfig(Config):
     """Output, logging, evaluation, saving."""
 
@@ -147,7 +175,7 @@ class RunConfig(Config):
     logging_dir: str | None = opt(None, "where TensorBoard files go; by default RUN/runs")
     report_to: list[str] = opt(["tensorboard"], "trackers: tensorboard, none", choices=("tensorboard", "none"))
     eval_strategy: str | None = opt(
-        None, "when to evaluate; by default as save_strategy, and no without validation data", choices=("no", "steps", "epoch")
+        None, "when to evaluate; by default as save_strategy, and no without validation data or tasks", choices=("no", "steps", "epoch")
     )
     eval_steps: int | None = opt(None, "steps between evaluations; by default save_steps", minimum=1)
     eval_on_start: bool = opt(False, "evaluate before the first step too")
@@ -158,9 +186,11 @@ class RunConfig(Config):
     safe_serialization: bool = opt(True, "write safetensors; false is refused")
     max_shard_size: str = opt("5GB", "largest file of a saved full model")
     metric_for_best_model: str = opt(
-        "loss", "evaluation metric by which the best checkpoint is chosen", choices=("loss", "eval_loss", "token_acc", "eval_token_acc")
+        "loss",
+        "evaluation metric by which the best checkpoint is chosen: loss, token_acc, or TASK_METRIC of a task of --eval_dataset,"
+        " such as mmlu_acc; without validation data by default the first task's",
     )
-    greater_is_better: bool | None = opt(None, "direction of that metric; by default true for token_acc")
+    greater_is_better: bool | None = opt(None, "direction of that metric; by default false for losses and perplexities")
     load_best_model_at_end: bool = opt(False, "end with the best checkpoint's weights, not the last's")
     early_stop_interval: int | None = opt(None, "end after this many evaluations without a better metric", minimum=1)
     create_checkpoint_symlink: bool = opt(False, "keep links named last and best in the run directory")
@@ -194,5 +224,17 @@ class RunConfig(Config):
                 self.refuse_without_effect(names, when)
         if self.load_best_model_at_end and self.save_strategy == "no":
             raise ConfigError("--load_best_model_at_end needs checkpoints", hint="use --save_strategy steps or epoch")
+        self.check_evaluation(has_tasks=bool(getattr(self, "eval_dataset", None)))
+
+    def check_evaluation(self, *, has_tasks: bool) -> None:
+        """ConfigError for evaluation that is asked for and forbidden, or a metric that nothing measures."""
+        if has_tasks and (self.eval_strategy == "no" or self.do_eval is False):
+            said = "--eval_strategy no" if self.eval_strategy == "no" else "--do_eval false"
+            raise ConfigError(f"--eval_dataset has no effect with {said}", hint="remove one of them")
+        if not has_tasks and self.metric_for_best_model.removeprefix("eval_") not in LOSS_METRICS:
+            metric = self.metric_for_best_model
+            match = near(metric, LOSS_METRICS)
+            hint = f"did you mean {match!r}?" if match else f"choose from: {', '.join(LOSS_METRICS)}; tasks of --eval_dataset add theirs"
+            raise ConfigError(f"--metric_for_best_model does not know {metric!r}", hint=hint)
         if self.do_eval is False and self.eval_strategy in ("steps", "epoch"):
             raise ConfigError(f"--do_eval false contradicts --eval_strategy {self.eval_strategy}", hint="keep one")

@@ -89,7 +89,7 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number, text) of each line; a byte order mark is dropped."""
     return ((place.row, text) for place, text in _lines_from(path, START, None))
 
@@ -191,7 +191,7 @@ def _read_tsv(path: Path) -> Iterator[Row]:
 def _read_table(path: Path, delimiter: str) -> Iterator[Row]:
     """A header line, then rows; a row with more or fewer fields than the header is yielded as a list of its fields."""
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
+    reader = csv.reader((line for _, line in lines(path)), delimiter=delimiter, strict=True)
     try:
         header = next(reader, None)
         if header is None:

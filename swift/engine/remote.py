@@ -45,11 +45,12 @@ class Endpoint:
     url: str
     key: str | None
     timeout_s: float
+    options: str = "remote"  # what the names of the options begin with, for messages
 
     def send(self, method: str, path: str, body: Any = None) -> tuple[socket.socket, http.client.HTTPResponse]:
         """An answer with status 200, whose body is not read, and its socket.
 
-        Raises MachineError, or DataError if the request is refused.
+        Raises MachineError, DataError if the request is refused, ConfigError if the key is.
         """
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
@@ -65,9 +66,13 @@ class Endpoint:
             text = response.read(65536).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException) as problem:
             connection.close()
-            raise MachineError(f"{self.url} does not answer: {problem or type(problem).__name__}", hint="see --remote_url") from None
+            raise MachineError(
+                f"{self.url} does not answer: {problem or type(problem).__name__}", hint=f"see --{self.options}_url"
+            ) from None
         connection.close()
         message = f"{self.url}{path}: status {response.status}: {_message(text)}"
+        if response.status in (401, 403):
+            raise ConfigError(message, hint=f"see --{self.options}_api_key")
         raise DataError(message) if response.status in (400, 404, 413, 422) else MachineError(message)
 
     def models(self) -> list[str]:
@@ -76,7 +81,7 @@ class Endpoint:
         try:
             return [str(each["id"]) for each in json.load(response)["data"]]
         except (ValueError, KeyError, TypeError, OSError) as problem:
-            raise MachineError(f"{self.url}/models gives no list of models: {problem}", hint="say --remote_model NAME") from None
+            raise MachineError(f"{self.url}/models gives no list of models: {problem}", hint="name the model") from None
         finally:
             own.close()
 
@@ -127,7 +132,7 @@ class _Reader:
             self._put(MachineError(f"{self._endpoint.url} ended an answer without a reason"))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, http.client.HTTPException) as problem:
             self._put(MachineError(f"{self._endpoint.url} broke off: {problem or type(problem).__name__}"))
-        except (MachineError, DataError) as problem:
+        except (MachineError, DataError, ConfigError) as problem:
             self._put(problem)
         finally:
             if self._socket is not None:
@@ -176,8 +181,8 @@ def _message(text: str) -> str:
         return text.strip()[:200] or "nothing more"
 
 
-def read_key(given: str | None) -> str | None:
-    """The key that --remote_api_key gives: itself, the first line of @FILE, or the environment variable of env:NAME."""
+def read_key(given: str | None, option: str = "remote_api_key") -> str | None:
+    """The key that ``option`` gives: itself, the first line of @FILE, or the environment variable of env:NAME."""
     if given is None:
         return None
     if given.startswith("@"):
@@ -186,7 +191,7 @@ def read_key(given: str | None) -> str | None:
     else:
         key = os.environ.get(given[4:], "") if given.startswith("env:") else given
     if not key:
-        raise ConfigError(f"--remote_api_key {given} holds no key")
+        raise ConfigError(f"--{option} {given} holds no key")
     return key
 
 

@@ -27,11 +27,16 @@ KNOWN = frozenset(
 
 
 class TransformersEngine:
-    """The reference: batches of equal settings through ``generate``; a single request without beams piece by piece."""
+    """The reference: batches of equal settings through ``generate``; a single request without beams piece by piece.
 
-    def __init__(self, loaded: Loaded, *, max_batch_size: int = 1) -> None:
+    ``is_live``: the model goes on being trained. Nothing is computed in inference mode, whose tensors, once a model has kept
+    them, take no gradients and no updates.
+    """
+
+    def __init__(self, loaded: Loaded, *, max_batch_size: int = 1, is_live: bool = False) -> None:
         self.loaded = loaded
         self.max_batch_size = max_batch_size
+        self.is_live = is_live
         self._waiting: list[Request] = []
         self._under_way: set[str] = set()
         self._deltas: Generator[Delta] = self._of_batch([])
@@ -94,10 +99,11 @@ class TransformersEngine:
         model, tokenizer, sampling = self.loaded.model, self.loaded.tokenizer, batch[0].sampling
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        if len(batch) == 1 and sampling.num_beams == 1:
+        if len(batch) == 1 and sampling.num_beams == 1 and not self.is_live:
             yield from _streamed(model, tokenizer, batch[0])
             return
-        rows = _generated(model, tokenizer, [list(request.prompt) for request in batch], sampling, batch[0].media)
+        prompts = [list(request.prompt) for request in batch]
+        rows = _generated(model, tokenizer, prompts, sampling, batch[0].media, is_live=self.is_live)
         for request, row in zip(batch, rows, strict=True):
             yield _growing(model, tokenizer, len(request.prompt), sampling, id=request.id).add(row, ended="length")
 
@@ -121,7 +127,9 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling:
     return found
 
 
-def _generated(model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling: Sampling, media: Media | None) -> list[list[int]]:
+def _generated(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling: Sampling, media: Media | None, *, is_live: bool = False
+) -> list[list[int]]:
     """The tokens that follow each prompt; behind an answer that ended earlier than others there is padding."""
     width = max(map(len, prompts))
     pad = pad_token_id(tokenizer)
@@ -129,7 +137,7 @@ def _generated(model: Any, tokenizer: Any, prompts: Sequence[list[int]], samplin
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     settings = _settings(model, tokenizer, width, sampling)
     stops = _stops_at(tokenizer, width, sampling.stop_words) if sampling.stop_words else None
-    with torch.inference_mode():
+    with torch.no_grad() if is_live else torch.inference_mode():
         output = model.generate(input_ids=input_ids, attention_mask=mask, stopping_criteria=stops, **settings, **image_inputs(model, media))
     rows: list[list[int]] = output[:, width:].tolist()
     return rows

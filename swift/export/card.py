@@ -137,7 +137,7 @@ def _worst(report: Report) -> list[str]:
 
 def _calibration(config: ExportConfig, report: Report) -> list[str]:
     text = ", ".join(f"`{shown(name)}`" for name in config.dataset) or "the built-in text (Python's reference, weather notices)"
-    if config.quant_method is None or config.quant_method == "bnb":
+    if not config.calibrates:
         return [f"Measured with {text}.\n"] if report.kl is not None else []
     return [
         "## Calibration\n",

@@ -1,7 +1,5 @@
 """The end of an export: the report, the model card, the audit record."""
 
-import re
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,7 @@ from swift.config.options import default_of, options_of, to_dict
 from swift.errors import ModelError
 from swift.export.card import merge_card, shown, write_card
 from swift.export.folder import REPORT_FILE
-from swift.export.source import Source
+from swift.export.source import Source, copy_licences
 from swift.files import sha256_file, visible_files, write_json
 from swift.model.artifact import Artifact, ModelFolder, Report
 from swift.quantize.measure import Measured
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from swift.tuner.merge import Merged
 
 AUDIT_FILE = "audit.jsonl"
-_LICENCE = re.compile(r"(licen[cs]e|notice|use_policy)", re.IGNORECASE)
 _PLACES = {"model", "adapters", "output_dir", "dataset", "chat_template", "system", "columns"}  # these may name files of this machine
 
 
@@ -65,23 +62,16 @@ def finish(folder: Path, source: Source, report: Report, done: Done, config: Exp
         )
     report.enforce(config.max_kl)
     write_json(folder / REPORT_FILE, report.as_dict())
-    _copy_licences(source.model.path, folder)
+    copy_licences(source.model.path, folder)
     write_card(folder, source, report, done.artifact, config, name=name)
     result = {name: getattr(report, name) for name in ("format", "loader", "tokens", "kl", "perplexity_before", "perplexity_after")}
     _record(folder, source, config, {"result": result})
 
 
-def _copy_licences(source: Path, folder: Path) -> None:
-    """The texts that go with a model wherever it goes."""
-    for file in visible_files(source):
-        if _LICENCE.match(file.name) and file.parent == source and not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
-
-
 def finish_merge(merged: "Merged", config: ExportConfig) -> None:
     """The card and the record of a merged model."""
     source = Source(ModelFolder(merged.base_path, merged.base), merged.reference, merged.revision, merged.sha256, merged.adapter)
-    _copy_licences(merged.base_path, merged.path)
+    copy_licences(merged.base_path, merged.path)
     merge_card(merged.path, source, difference=merged.difference, stored=merged.stored, config=config)
     _record(merged.path, source, config, {"result": {"difference": merged.difference, "stored": merged.stored}})
 

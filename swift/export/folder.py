@@ -28,7 +28,8 @@ def merged_folder(target: Path) -> Path:
 
 def refuse_target(target: Path, *, exist_ok: bool, keep: Iterable[Path]) -> None:
     """ConfigError if ``target`` is taken, or if replacing it would take away what is in ``keep``, or what is no model."""
-    give_back(target)
+    if not target.name or target.resolve() == Path.cwd():
+        raise ConfigError(f"{target} cannot be replaced: a new folder takes the place of --output_dir", hint="name a folder to be made")
     if not (target.exists() or target.is_symlink()) or (target.is_dir() and not any(target.iterdir())):
         return
     if not exist_ok:
@@ -47,7 +48,8 @@ def refuse_target(target: Path, *, exist_ok: bool, keep: Iterable[Path]) -> None
 def claimed(target: Path) -> Iterator[None]:
     """Within the block no other process writes ``target``; parents that were made for nothing vanish again.
 
-    MachineError if another process does, or if the place cannot be written to.
+    MachineError if another process does, or if the place cannot be written to. What a kill between two renames has hidden is
+    there again: only who holds the claim can tell that from a replacement under way.
     """
     missing = [parent for parent in target.absolute().parents if not parent.exists()]
     lock = target.with_name(f".{target.name}.lock")
@@ -58,6 +60,8 @@ def claimed(target: Path) -> Iterator[None]:
         file.close()
         raise MachineError(f"{target} is being written by another process", hint="wait for it, or choose another --output_dir")
     try:
+        with explain_os_errors(target):
+            give_back(target)
         shutil.rmtree(merged_folder(target), ignore_errors=True)  # remains of a process that was killed
         yield
     finally:

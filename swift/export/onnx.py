@@ -65,7 +65,7 @@ def _fault(trial: onnx_trace.Trial, config: ExportConfig, folder: Path) -> str |
             found = torch.stack([trial.wanted[0], row])  # its first row is shorter: read by the other layout alone
         else:
             found = torch.from_numpy(Session(folder).logits(trial.ids.numpy(), trial.parts, trial.mask.numpy(), trial.positions.numpy()))
-    except RuntimeError as problem:
+    except (RuntimeError, ModelError) as problem:
         return f"it does not run in {config.onnx_layout}'s runtime ({first_line(problem)[:200]})"
     fault = trial.fault(found)
     if fault < TOLERANCE[config.onnx_precision]:

@@ -37,7 +37,7 @@ def build(model: ModelFolder, precision: str, folder: Path) -> str | None:
     if precision == "fp16":
         return "the builder's float16 is for GPUs"
     options = ["hf_token=false", *(INT4 if precision == "int4" else ())]
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as cache:
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
         words = [sys.executable, "-m", BUILDER, "-i", str(model.path.resolve()), "-o", str(folder), "-p", precision, "-e", "cpu"]
         words += ["-c", cache, "--extra_options", *options]
         # A process of its own: its modules have names like "builders", and its memory is given back.

@@ -63,12 +63,14 @@ def write(made: Any, model: Any, precision: str, folder: Path) -> None:
     """Write the graph ``made`` with the weights of ``model`` into ``folder``: MODEL_FILE and DATA_FILE."""
     ir = deps.require("onnx_ir", extra="onnx")
     weights = dict(Step(model).named_parameters(remove_duplicate=False)) | dict(Step(model).named_buffers(remove_duplicate=False))
-    graph = made.graph
+    graph, head = made.graph, model.get_output_embeddings()
     file = WeightFile(folder, graph)
     try:
         for value in [value for value in graph.inputs if value.name.startswith(PREFIX)]:
             graph.inputs.remove(value)
-            Weight(ir, graph, file, value, weights[value.name].detach()).write(precision)
+            weight = weights[value.name]
+            is_head = head is not None and weight is head.weight
+            Weight(ir, graph, file, value, weight.detach(), is_head=is_head).write(precision)
     finally:
         file.close()
     if precision == "int4":
@@ -84,9 +86,9 @@ class Weight:
     ``products`` are (MatMul or Gemm, whether it reads the weight as (N, K) through a transposition); ``lookups`` are embeddings.
     """
 
-    def __init__(self, ir: Any, graph: Any, file: WeightFile, value: Any, tensor: Tensor) -> None:
+    def __init__(self, ir: Any, graph: Any, file: WeightFile, value: Any, tensor: Tensor, *, is_head: bool) -> None:
         self.ir, self.graph, self.file, self.value, self.tensor = ir, graph, file, value, tensor
-        self.name = value.name.removeprefix(PREFIX)
+        self.name, self.is_head = value.name.removeprefix(PREFIX), is_head
         self.products: list[tuple[Any, bool]] = []
         self.lookups: list[Any] = []
         self.is_plain = True  # and nothing else reads it
@@ -132,8 +134,7 @@ class Weight:
 
     def _quantize(self) -> None:
         """Blocks of 4 bits for products; of 8 bits for embeddings and the head, of which a tied one is in the file once."""
-        wide = bool(self.lookups) or any(node.outputs[0].is_graph_output() for node, _ in self.products)
-        bits = 8 if wide else 4
+        bits = 8 if self.lookups or self.is_head else 4
         is_transposed = {transposed for _, transposed in self.products} | ({True} if self.lookups else set())
         if len(is_transposed) > 1:
             self._halve()

@@ -1,5 +1,6 @@
 """Upload of an exported folder to a hub. A failure leaves the folder where it is."""
 
+import shlex
 from pathlib import Path
 
 from swift import console, hub
@@ -28,10 +29,26 @@ def push(folder: Path, config: ExportConfig) -> None:
             commit_message=config.commit_message,
         )
     except HubError as problem:
-        again = f"swift export --model {folder} --push_to_hub true --hub_model_id {config.hub_model_id}"
-        hint = "; ".join(filter(None, [problem.hint, f"{folder} stays; upload it later: {again}"]))
+        hint = "; ".join(filter(None, [problem.hint, f"{folder} stays; upload it later: {_again(folder, config)}"]))
         raise HubError(problem.message, hint=hint) from problem
     console.say(f"uploaded {folder} to {address}")
+
+
+def _again(folder: Path, config: ExportConfig) -> str:
+    """The command that uploads ``folder`` to the same place, as private as it was meant to be; without the token."""
+    words = [
+        "swift",
+        "export",
+        "--adapters" if config.adapters and config.uploads_only else "--model",
+        str(folder),
+        "--push_to_hub",
+        "true",
+    ]
+    for name in ("hub_model_id", "use_hf", "hub_private_repo", "commit_message"):
+        value = getattr(config, name)
+        if config.given(name):
+            words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return shlex.join(words)
 
 
 def upload_as_it_is(config: ExportConfig) -> Path:

@@ -3,6 +3,7 @@
 import os
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from swift import console
@@ -10,9 +11,10 @@ from swift.config.export import ExportConfig
 from swift.export import EXPORTERS
 from swift.export.base import Exporter
 from swift.export.finish import Done, finish, finish_merge, report_of, summary
-from swift.export.folder import claimed, refuse_target, whole_folder
+from swift.export.folder import claimed, merged_folder, refuse_target, whole_folder
 from swift.export.push import check_push, push, upload_as_it_is
 from swift.export.source import Source, find_source, merge_config, weights_of
+from swift.files import explain_os_errors, replace_folder
 from swift.model.artifact import ModelFolder
 from swift.model.checkpoints import adapter_folder, model_reference
 from swift.model.finite import refuse_not_finite
@@ -36,7 +38,8 @@ def run_export(config: ExportConfig) -> Path:
 def output_folder(config: ExportConfig) -> Path:
     """--output_dir, or a name beside the adapter or the model that says what it is: CHECKPOINT-awq-int4, MODEL-gguf."""
     if config.output_dir:
-        return Path(config.output_dir)
+        path = Path(config.output_dir)
+        return path if path.name not in ("", "..") else path.resolve()  # what is written meanwhile has names beside it
     if config.adapters:
         place = adapter_folder(config.adapters[0]).absolute()
     else:
@@ -47,7 +50,7 @@ def output_folder(config: ExportConfig) -> Path:
 
 def _kind(config: ExportConfig) -> str:
     if config.quant_method is None:
-        return str(config.to)
+        return config.to or "merged"
     method = config.quant_format if config.quant_format == "gptq_v2" else config.quant_method
     return str(method) if method == "fp8" else f"{method}-int{config.quant_bits}"
 
@@ -57,14 +60,16 @@ def _merge(config: ExportConfig) -> Path:
     from swift.tuner.merge import merge
 
     adapter = adapter_folder(config.adapters[0])
-    target = Path(config.output_dir) if config.output_dir else adapter.with_name(f"{adapter.name}-merged")
+    target = output_folder(config)
     base = Path(model_reference(config.model)) if config.model else adapter
-    refuse_target(target, exist_ok=config.exist_ok, keep=[adapter, *([base] if base.is_dir() else [])])
     with claimed(target):
-        merged = merge(merge_config(config))
-        finish_merge(merged, config)
-    console.say(merged.summary())
-    return merged.path
+        refuse_target(target, exist_ok=config.exist_ok, keep=[adapter, *([base] if base.is_dir() else [])])
+        merged = merge(merge_config(config, output_dir=str(merged_folder(target) / target.name)))
+        with explain_os_errors(target):
+            finish_merge(merged, config)
+            replace_folder(merged.path, target)
+    console.say(replace(merged, path=target).summary())
+    return target
 
 
 def _export(config: ExportConfig) -> Path:

@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,13 @@ from swift.config.export import ExportConfig
 from swift.config.options import build
 from swift.errors import ModelError, first_line
 from swift.export.folder import merged_folder
-from swift.files import sha256_file
+from swift.files import explain_os_errors, sha256_file, write_text
+from swift.hub.facts import licence_of
 from swift.model.artifact import ModelFolder
 from swift.model.checkpoints import adapter_folder, model_reference
 from swift.model.load import checkpoint_dtype
+
+_LICENCE = re.compile(r"(licen[cs]e|notice|use_policy)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -66,20 +71,36 @@ def weights_of(source: Source, config: ExportConfig, target: Path) -> Iterator[M
     """The model with the adapter in its weights, merged and checked in float32, in a folder that vanishes with the block.
 
     The file keeps float32: rounded to 16 bits once more before it is quantized or converted, it would be another model.
-    What is not quantized goes back to the precision of the model that the adapter belongs to.
+    What is not quantized, and numbers of a format that has those of the model, go back to the precision of that model.
     """
     if source.adapter is None:
         yield source.model
         return
     from swift.tuner.merge import merge
 
-    if config.quant_method is not None and config.torch_dtype is None:
+    if config.takes_torch_dtype and config.torch_dtype is None:
         config.derive("torch_dtype", str(checkpoint_dtype(source.model.path)).removeprefix("torch."), "that of the model")
     place = merged_folder(target)
     merged = merge(merge_config(config, output_dir=str(place / "model"), model=source.model.name, torch_dtype="float32"))
     console.say(f"merged {source.adapter} in float32: largest difference of a log-probability {merged.difference:.2g}")
+    _bring_licence(source.model.path, merged.path)
     gc.collect()  # the models that were compared
     yield ModelFolder(merged.path, source.adapter.name)
+
+
+def copy_licences(source: Path, folder: Path) -> None:
+    """The texts that go with a model wherever it goes."""
+    for file in sorted(source.iterdir()):
+        if _LICENCE.match(file.name) and file.is_file() and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+
+def _bring_licence(source: Path, merged: Path) -> None:
+    """Texts and name of the licence, which formats write into their files, from the folder ``source`` that is merged into."""
+    with explain_os_errors(merged):
+        copy_licences(source, merged)
+        if licence := licence_of(source):
+            write_text(merged / "README.md", f"---\nlicense: {licence}\n---\n")
 
 
 def merge_config(config: ExportConfig, **changes: Any) -> MergeConfig:

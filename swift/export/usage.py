@@ -25,7 +25,8 @@ def usage(config: ExportConfig, artifact: Artifact | None, *, name: str) -> str:
     }
     if command := commands.get(config.to):
         return _code("bash", command)
-    return f"The files of `{name}` are in the format {config.to}; `{first}` holds the weights.\n"
+    files = ", ".join(f"`{file}`" for file in artifact.files) if artifact is not None else ""
+    return f"The files of `{name}` are in the format {config.to}; the weights are in {files}.\n"
 
 
 def _transformers(config: ExportConfig, name: str) -> str:

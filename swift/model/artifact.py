@@ -1,5 +1,6 @@
 """What quantizing and exporting make: files, and a report of what they cost and what was lost."""
 
+import json
 import math
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 from swift.errors import ModelError
 from swift.hub.safetensors_header import read_header
 from swift.model.files import read_config
+from swift.model.quantized import format_of
 
 _AROUND = {
     "config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt",
@@ -30,6 +32,12 @@ class ModelFolder:
 
     @property
     def weight_files(self) -> list[Path]:
+        """The files that transformers reads: model.safetensors, or those of the index; others may hold the same tensors again."""
+        whole, index = self.path / "model.safetensors", self.path / "model.safetensors.index.json"
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            return sorted(self.path / name for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         return sorted(self.path.glob("*.safetensors"))
 
     @property
@@ -49,7 +57,7 @@ class ModelFolder:
 
     def refuse_quantized(self) -> None:
         """ModelError for a checkpoint whose weights were quantized already."""
-        method = (self.config.get("quantization_config") or {}).get("quant_method")
+        method = format_of(self.config.get("quantization_config") or {})
         if method:
             raise ModelError(
                 f"{self.name}: its weights are quantized already ({method})",

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from swift.errors import ModelError
+from swift.model.load import checkpoint_dtype
 from swift.model.quantized.base import BnbWeight, Settings, Weight, WeightFormat
 from swift.model.quantized.linear import QuantizedLinear
 from swift.quantize.base import Inputs, Plan, Quantizer, ScalingQuantizer
-from swift.quantize.folds import Fold, find_folds
+from swift.quantize.folds import Fold, Known, find_folds
 from swift.quantize.passes import BlockPasses
 from swift.quantize.progress import Progress, Stream
 from swift.quantize.skeleton import Call, Skeleton
@@ -29,11 +30,14 @@ class Job:
     quantizer: Quantizer
     format: WeightFormat
     device: torch.device
-    dtype: torch.dtype
-    """In which what is not quantized is stored."""
+    cast: torch.dtype | None
+    """In which what is not quantized is stored, if not as it was."""
     trial_calls: dict[tuple[int, int], list[Call]] = field(default_factory=dict)
-    known_folds: dict[tuple[tuple[str, ...], ...], list[Fold | None]] = field(default_factory=dict)
-    """Of the last block whose groups have these layers."""
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """In which what is not quantized is stored."""
+        return self.cast or checkpoint_dtype(self.skeleton.folder.path)
 
     @cached_property
     def as_read(self) -> Settings:
@@ -51,7 +55,7 @@ def one_block(job: Job, index: int, calibration: Stream, original: Stream, quant
     errors: dict[str, float] = {}
     try:
         levels = passes.levels(lambda name: job.skeleton.key_of(index, name) in job.plan.skipped)
-        folds = _folds(job, index, block, [group for level in levels for group in level], calibration)
+        folds = _folds(job, index, block, [group for level in levels for group in level], calibration, progress.folds)
         for level in levels:
             for group, inputs in passes.inputs(level, job.quantizer.needs):
                 layers: dict[str, Any] = {name: block.get_submodule(name) for name in group.layers}
@@ -77,22 +81,20 @@ def one_block(job: Job, index: int, calibration: Stream, original: Stream, quant
     return errors
 
 
-def _folds(job: Job, index: int, block: nn.Module, groups: list[Group], text: Stream) -> dict[Group, Fold]:
+def _folds(job: Job, index: int, block: nn.Module, groups: list[Group], text: Stream, known: Known) -> dict[Group, Fold]:
     """What can take a scale from the inputs of each group, for a quantizer that wants it: found by a trial on a few tokens."""
     if not isinstance(job.quantizer, ScalingQuantizer):
         return {}
     states = text.read(0)[:1, :TRIAL]
     together, alone = ((1, states.shape[1]), (states.shape[1], 1))
     calls = {shape: job.trial_calls.setdefault(shape, job.skeleton.calls(shape)) for shape in (together, alone)}
-    names = [group.layers for group in groups]
     found = find_folds(
         block,
-        names,
+        [group.layers for group in groups],
         lambda: job.skeleton.run(block, states, calls[together][index]),
         lambda: job.skeleton.run(block, states.transpose(0, 1), calls[alone][index]),
-        job.known_folds.get(tuple(names)),
+        known,
     )
-    job.known_folds[tuple(names)] = found
     return {group: fold for group, fold in zip(groups, found, strict=True) if fold is not None}
 
 
@@ -128,5 +130,5 @@ def _tensors(job: Job, index: int, block: nn.Module, made: dict[str, Weight]) ->
         key = job.skeleton.keys[f"{job.skeleton.place}.{index}.{name}"]
         stored = job.skeleton.checkpoint.read(key)
         if not torch.equal(stored.float(), parameter.cpu()):
-            tensors[key] = parameter.to("cpu", stored.dtype)
+            tensors[key] = parameter.to("cpu", job.cast or stored.dtype)
     return tensors

@@ -52,6 +52,8 @@ def documents(config: Any, tokenizer: Any, *, calibrates: bool = True) -> Docume
         raise DataError(
             f"most rows cannot be rendered, the first because {faults[0]}", hint="--columns renames columns; see swift data inspect"
         )
+    if faults:
+        console.warn(f"{len(faults)} rows are left out, since they cannot be rendered: the first because {faults[0]}")
     if (not held and config.quant_eval_samples) or (not kept and wanted):
         raise DataError(
             f"too little text: {len(held)} documents to measure with and {len(kept)} to calibrate with, of at least {LEAST} tokens",

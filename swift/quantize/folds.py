@@ -21,6 +21,8 @@ from swift.quantize.grid import LARGEST, SMALLEST
 # K inputs of a group, P channels of a producer, T tokens
 
 Run = Callable[[], Tensor]
+Known = dict[tuple[str, ...], "Fold | None"]
+"""Folds by the layers of their groups; None of those that have none. What no token reached is not there."""
 TOLERANCE = 1e-4  # norms that scale by 1 + weight round; all others double exactly
 
 
@@ -36,6 +38,15 @@ class Fold:
     share: Tensor
     offset: float = 0.0
     further: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"producer": self.producer, "share": self.share.tolist(), "offset": self.offset, "further": list(self.further)}
+
+    @classmethod
+    def of(cls, values: dict[str, Any], device: torch.device) -> "Fold":
+        """The inverse of ``as_dict``."""
+        return cls(values["producer"], torch.tensor(values["share"], device=device), values["offset"], tuple(values["further"]))
 
     def pool(self, values: Tensor) -> Tensor:
         """(K,): the mean of ``values`` (K,) over the inputs that one channel scales."""
@@ -81,30 +92,38 @@ def divide_rows(weight: Weight, divisor: Tensor) -> Weight:
 
 
 def find_folds(
-    block: nn.Module, groups: Sequence[Sequence[str]], together: Run, alone: Run, known: Sequence[Fold | None] | None = None
+    block: nn.Module, groups: Sequence[Sequence[str]], together: Run, alone: Run, known: Known | None = None
 ) -> list[Fold | None]:
     """A fold for each group of linear layers of ``block`` that share an input; None where there is none.
 
     ``together`` runs the block on a sequence of some tokens and gives its output; ``alone`` runs it on tokens each of which is
-    a sequence of its own. Eight of each do, whose activations are those of real text. ``known`` are folds of a block of the
-    same structure: those that hold here too are not searched again. The block is in float32 and is left as it was.
+    a sequence of its own. Eight of each do, whose activations are those of real text. ``known`` is what other blocks showed, and
+    gets what this one does: folds that hold here too are not searched again, nor are those that were searched in vain.
+    The block is in float32 and is left as it was.
     """
+    known = {} if known is None else known
     with torch.no_grad():
         trial = _Trial(block, groups, together, alone)
         found: list[Fold | None] = [None] * len(groups)
-        for index, fold in enumerate(known or ()):
+        for index, group in enumerate(trial.groups):
+            fold = known.get(group)
             if fold is not None and trial.holds(fold, index):
                 found[index] = fold
-        # Experts that the tokens did not reach show nothing, and what had no fold in a block like this has none here.
-        open_ = [index for index in range(len(groups)) if found[index] is None and trial.together_before[index] is not None]
-        wanted = {index for index in open_ if known is None or known[index] is not None}
+        wanted = {
+            index
+            for index, group in enumerate(trial.groups)
+            if found[index] is None and trial.is_seen(index) and (group not in known or known[group] is not None)
+        }
+        searched = frozenset(wanted)
         for name, offset in _candidates(block):
             if not wanted:
                 break
             for index, fold in trial.search(name, offset, wanted).items():
                 if trial.holds(fold, index):
-                    found[index] = fold
+                    found[index] = known[trial.groups[index]] = fold
                     wanted.discard(index)
+        for index in searched:
+            known.setdefault(trial.groups[index], None)
     return found
 
 
@@ -127,6 +146,10 @@ class _Trial:
         self.alone_before, _ = self._observe(alone)
         self.together_before, self.output_before = self._observe(together)
 
+    def is_seen(self, index: int) -> bool:
+        """Whether tokens reached a group: those that experts do not get show nothing."""
+        return all(seen is not None and len(seen) > 0 for seen in (self.alone_before[index], self.together_before[index]))
+
     def search(self, name: str, offset: float, wanted: set[int]) -> dict[int, Fold]:
         """Folds, not yet tried on whole sequences, of the groups ``wanted``."""
         shares = self._decode(name, offset, {*wanted, *range(len(self.groups), len(self.groups) + len(self.readers))}, {})
@@ -143,8 +166,11 @@ class _Trial:
         """Whether the inputs are divided and the output stays, on whole sequences, for a random scale of powers of two."""
         layers = [self.block.get_submodule(name) for name in self.groups[index]]
         before = self.together_before[index]
+        own = dict(self.block.named_parameters(remove_duplicate=False))
         if before is None or any(_weight(layer).shape[-1] != len(fold.share) for layer in layers):
             return False
+        if not {f"{fold.producer}.weight", *fold.further} <= own.keys():
+            return False  # it is of a block of another kind
         channels = len(_weight(self.block.get_submodule(fold.producer)))
         exponents = torch.randint(-2, 3, (channels,), generator=torch.Generator().manual_seed(0))
         with self._restored(fold.producer, *fold.further, *(f"{name}.weight" for name in self.groups[index])):

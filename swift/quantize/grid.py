@@ -25,16 +25,15 @@ def find_grid(
 ) -> tuple[Tensor, Tensor]:
     """Scales (N, G) float32 and zeros (N, G) uint8 of the groups of ``weight`` (N, K), as in GroupedWeight.
 
-    They are the best found for the squared error of rounding to the nearest, each input weighted by ``importance`` (K,), or
-    for d B d' of each group with the blocks B of ``importance`` (G, S, S). Tried are ranges from the whole one down, with a
-    zero on both sides of the exact one unless ``symmetric``; then, with the codes of the best, the scale of least squares.
-    Scales are values that float16 holds, zeros are at least ``least_zero`` (see WeightFormat). ConfigError if groups of
-    ``group_size`` (-1: a row) do not fill the rows.
+    They are the best found for the squared error of rounding to the nearest, each input weighted by ``importance`` (K,).
+    Tried are ranges from the whole one down, with a zero on both sides of the exact one unless ``symmetric``; then, with the
+    codes of the best, the scale of least squares. Scales are values that float16 holds, zeros are at least ``least_zero`` (see
+    WeightFormat). ConfigError if groups of ``group_size`` (-1: a row) do not fill the rows.
     """
     count = num_groups(weight.shape[1], group_size)
-    blocks = _blocks(importance, count, weight)
+    weighting = _weighting(importance, count, weight)
     rows = max(1, CHUNK // weight.shape[1])
-    found = [_search(_grouped(part, count), bits, symmetric, blocks, least_zero) for part in weight.split(rows)]
+    found = [_search(_grouped(part, count), bits, symmetric, weighting, least_zero) for part in weight.split(rows)]
     scales, zeros = zip(*found, strict=True)
     return torch.cat(scales), torch.cat(zeros)
 
@@ -66,21 +65,16 @@ def _grouped(weight: Tensor, count: int) -> Tensor:
     return weight.float().reshape(len(weight), count, -1)
 
 
-def _blocks(importance: Tensor | None, count: int, weight: Tensor) -> Tensor:
-    """Importance as (G, S) or (G, S, S) with a mean of about 1, nowhere quite 0: what no input reached is rounded well too."""
+def _weighting(importance: Tensor | None, count: int, weight: Tensor) -> Tensor:
+    """Importance as (G, S) with a mean of about 1, nowhere quite 0: what no input reached is rounded well too."""
     if importance is None:
         return torch.ones(count, weight.shape[1] // count, device=weight.device)
     importance = importance.float()
-    if importance.dim() == 1:
-        mean = importance.mean()
-        return (importance / mean if mean > 0 else torch.ones_like(importance)).add(1e-6).reshape(count, -1)
-    diagonal = importance.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean()
-    eye = torch.eye(importance.shape[-1], device=importance.device)
-    return importance / mean + 1e-6 * eye if mean > 0 else eye.expand(count, -1, -1)
+    mean = importance.mean()
+    return (importance / mean if mean > 0 else torch.ones_like(importance)).add(1e-6).reshape(count, -1)
 
 
-def _search(weight: Tensor, bits: int, symmetric: bool, blocks: Tensor, least_zero: int) -> tuple[Tensor, Tensor]:
+def _search(weight: Tensor, bits: int, symmetric: bool, weighting: Tensor, least_zero: int) -> tuple[Tensor, Tensor]:
     """Of weights (N, G, S): scales and zeros (N, G)."""
     buffer = torch.empty_like(weight)
     best = torch.full(weight.shape[:2], torch.inf, device=weight.device)
@@ -89,7 +83,8 @@ def _search(weight: Tensor, bits: int, symmetric: bool, blocks: Tensor, least_ze
     def attempt(scale: Tensor, zero: Tensor) -> None:
         nonlocal best
         _codes(weight, scale, zero, bits, buffer)
-        error = _squares(buffer.mul_(scale.unsqueeze(-1)).sub_(weight), blocks)
+        gap = buffer.mul_(scale.unsqueeze(-1)).sub_(weight)
+        error = torch.linalg.vecdot(gap * weighting, gap)
         better = error < best
         best = torch.where(better, error, best)
         scales.copy_(torch.where(better, scale, scales))
@@ -101,7 +96,7 @@ def _search(weight: Tensor, bits: int, symmetric: bool, blocks: Tensor, least_ze
             attempt(_representable(whole * ratio), zero)
     for _ in range(REFINEMENTS):
         codes = _codes(weight, scales, zeros, bits, buffer)
-        seen = codes * blocks if blocks.dim() == 2 else (codes.transpose(0, 1) @ blocks).transpose(0, 1)
+        seen = codes * weighting
         fitted = torch.linalg.vecdot(seen, weight) / torch.linalg.vecdot(seen, codes)
         attempt(_representable(torch.where(fitted > 0, fitted, scales)), zeros)
     return scales, zeros.to(torch.uint8)
@@ -139,10 +134,3 @@ def _codes(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, out: Tensor) 
     torch.div(weight, scale.unsqueeze(-1), out=out).round_()
     low, high = -zero.unsqueeze(-1), (2**bits - 1 - zero).unsqueeze(-1)
     return out.clamp_(low, high)
-
-
-def _squares(difference: Tensor, blocks: Tensor) -> Tensor:
-    """(N, G): of differences (N, G, S)."""
-    weighted = difference * blocks if blocks.dim() == 2 else (difference.transpose(0, 1) @ blocks).transpose(0, 1)
-    squares: Tensor = torch.linalg.vecdot(weighted, difference)
-    return squares

@@ -75,7 +75,7 @@ class Tally:
         self.before -= float(wanted[:-1].gather(1, following).sum())
         self.after -= float(found[:-1].gather(1, following).sum())
         self.same += int((wanted.argmax(-1) == found.argmax(-1)).sum())
-        self.largest = max(self.largest, float(gap.abs()[wanted > -6.9].max()))
+        self.largest = max(self.largest, float(gap.abs().mul_(wanted > -6.9).max()))
 
     def result(self, loader: str | None) -> Measured:
         before, after = (float(torch.tensor(total / self.targets).exp()) for total in (self.before, self.after))

@@ -22,6 +22,8 @@ LEAST_GROUP = 8
 def make_plan(skeleton: Skeleton, config: ExportConfig) -> Plan:
     """ConfigError for a pattern of --quant_skip that fits nothing, ModelError if no layer can be quantized."""
     shapes = linear_shapes(skeleton)
+    if joined := joined_weights(skeleton):
+        console.notice(f"{len(joined)} weights of experts in one tensor stay as they are, the first is {joined[0]}")
     if not shapes:
         raise ModelError(f"{skeleton.folder.name}: its blocks have no linear layers to quantize")
     skipped = _asked_for(shapes, config.quant_skip)
@@ -35,7 +37,9 @@ def make_plan(skeleton: Skeleton, config: ExportConfig) -> Plan:
     settings = _settings(skeleton, config, group_size)
     form: WeightFormat = FORMATS.get(config.quant_format or "")
     for name, shape in rest.items():
-        if group_size > 0 and settings.strategy == "group" and shape[1] % group_size:
+        if shape[0] == 1:
+            skipped[name] = "a single output is a gate, which engines read as it was"
+        elif group_size > 0 and settings.strategy == "group" and shape[1] % group_size:
             skipped[name] = f"its {shape[1]} inputs are no multiple of the group of {group_size}"
         elif (why := form.unfit(shape, settings)) is not None:
             skipped[name] = why
@@ -55,6 +59,16 @@ def linear_shapes(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
             if type(module) is nn.Linear:
                 shapes[skeleton.key_of(index, name)] = (module.out_features, module.in_features)
     return shapes
+
+
+def joined_weights(skeleton: Skeleton) -> list[str]:
+    """Weights of experts in one tensor, as they are called in the files, that cannot be told apart there."""
+    return [
+        skeleton.keys[f"{skeleton.place}.{index}.{name}"]
+        for index in range(len(skeleton))
+        for name, parameter in skeleton.empty_block(index).named_parameters()
+        if parameter.dim() == 3 and not name.endswith(".weight")
+    ]
 
 
 def fitting_group(shapes: dict[str, tuple[int, int]], wanted: int) -> int:

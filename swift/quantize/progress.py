@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,32 +17,37 @@ from swift.config.options import to_dict
 from swift.files import new_file, write_json
 from swift.model.artifact import ModelFolder
 from swift.quantize.base import Plan
+from swift.quantize.calibrate import Documents
+from swift.quantize.folds import Fold, Known
 from swift.quantize.passes import Batch
 from swift.quantize.skeleton import Call, Skeleton
 from swift.quantize.store import Store
 from swift.quantize.tensors import PART
 
 STATE_FILE = "state.json"
-WITHOUT_EFFECT = {"output_dir", "exist_ok", "max_kl", "max_shard_size", "torch_dtype", "device"}
+WITHOUT_EFFECT = {"output_dir", "exist_ok", "max_kl", "max_shard_size", "device"}
 OF_UPLOAD = {"push_to_hub", "hub_model_id", "hub_private_repo", "commit_message"}
 
 
 class Progress:
     """The state in ``folder``: of the same work if an earlier run left it, else a new one. ``block`` is the next to be done."""
 
-    def __init__(self, folder: Path, model: ModelFolder, config: ExportConfig, plan: Plan) -> None:
+    def __init__(self, folder: Path, model: ModelFolder, config: ExportConfig, plan: Plan, texts: Documents, device: torch.device) -> None:
         self.folder = folder
-        self.key = _key(model, config, plan)
+        self.key = _key(model, config, plan, texts)
         self.block = 0
         self.errors: dict[str, float] = {}
+        self.folds: Known = {}
         state = _read(folder / STATE_FILE)
-        if state.get("key") == self.key:
-            self.block, self.errors = state["block"], state["errors"]
-            console.say(f"going on at block {self.block + 1}: an earlier run was ended there")
-            return
+        goes_on = state.get("key") == self.key
         for entry in folder.parent.iterdir() if folder.parent.is_dir() else ():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        folder.mkdir(parents=True)
+            if not (goes_on and entry == folder):  # files that were put together are put together anew, maybe to other sizes
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        if goes_on:
+            self.block, self.errors = state["block"], state["errors"]
+            self.folds = {tuple(layers): None if fold is None else Fold.of(fold, device) for layers, fold in state["folds"]}
+            console.say(f"going on at block {self.block + 1}: an earlier run was ended there")
 
     @property
     def resumes(self) -> bool:
@@ -56,7 +62,8 @@ class Progress:
         """Block ``index`` and what it gives are on disk."""
         self.errors |= errors
         self.block = index + 1
-        write_json(self.folder / STATE_FILE, {"key": self.key, "block": self.block, "errors": self.errors})
+        folds = [(layers, None if fold is None else fold.as_dict()) for layers, fold in self.folds.items()]
+        write_json(self.folder / STATE_FILE, {"key": self.key, "block": self.block, "errors": self.errors, "folds": folds})
 
     def block_files(self, count: int) -> list[Path]:
         return [self._file(index) for index in range(count)]
@@ -125,10 +132,11 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _key(model: ModelFolder, config: ExportConfig, plan: Plan) -> str:
+def _key(model: ModelFolder, config: ExportConfig, plan: Plan, texts: Documents) -> str:
     """A digest of everything that the result depends on. Of weights: sizes, and the beginning and end of each file."""
     options = {name: value for name, value in to_dict(config).items() if name not in WITHOUT_EFFECT | OF_UPLOAD}
-    sha = hashlib.sha256(json.dumps([__version__, options, model.config, str(plan)], sort_keys=True, default=str).encode())
+    parts = [__version__, options, model.config, str(plan), texts.calibration, texts.held_out]
+    sha = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for file in model.weight_files:
         size = file.stat().st_size
         sha.update(f"{file.name} {size}".encode())

@@ -16,6 +16,7 @@ COLUMNS = 64
 ROUNDS = {2: 3, 3: 3}  # more of them gain little with 4 bits, and much with fewer
 RIDGE = 1e-4  # of the diagonal: how strongly a scale that hardly matters stays what it was
 MOST = 2.0  # a scale becomes at most so many times what it was, or so many times less
+LARGEST = 2**25  # numbers of the normal equations (N, G, G) that are in memory at once
 
 
 def refine(weight: Tensor, hessian: Tensor, found: GroupedWeight) -> GroupedWeight:
@@ -37,6 +38,12 @@ def refine(weight: Tensor, hessian: Tensor, found: GroupedWeight) -> GroupedWeig
 
 def fit_scales(wanted: Tensor, hessian: Tensor, whole: Tensor, scales: Tensor) -> Tensor:
     """Scales (N, G) of least squares for the whole numbers ``whole`` (N, K), in values that float16 holds; ``wanted`` is W H."""
+    rows = max(1, LARGEST // scales.shape[1] ** 2)
+    parts = zip(wanted.split(rows), whole.split(rows), scales.split(rows), strict=True)
+    return torch.cat([_fit_rows(*part, hessian) for part in parts])
+
+
+def _fit_rows(wanted: Tensor, whole: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
     count = scales.shape[1]
     size = whole.shape[1] // count
     grouped_NGS = whole.unflatten(1, (count, size))

@@ -21,7 +21,6 @@ from swift.files import write_json
 from swift.hub.safetensors_header import read_entries
 from swift.model.artifact import Artifact, ModelFolder
 from swift.model.device import DTYPES, choose_device
-from swift.model.load import checkpoint_dtype
 from swift.model.quantized import FORMATS
 from swift.model.quantized.base import Settings
 from swift.model.tokenizer import load_tokenizer
@@ -32,7 +31,7 @@ from swift.quantize.calibrate import documents
 from swift.quantize.head import measure
 from swift.quantize.measure import Measured
 from swift.quantize.passes import batches_of
-from swift.quantize.plan import make_plan
+from swift.quantize.plan import joined_weights, make_plan
 from swift.quantize.progress import Progress, Stream
 from swift.quantize.skeleton import Skeleton
 from swift.quantize.tensors import FLOATS, Checkpoint, assemble, size_in_bytes
@@ -50,9 +49,9 @@ def quantize(model: ModelFolder, config: ExportConfig, folder: Path) -> tuple[Ar
     plan = make_plan(skeleton, config)
     quantizer: Quantizer = QUANTIZERS.get(str(config.quant_method))(config, plan.settings)
     found = documents(config, load_tokenizer(model.path), calibrates=bool(quantizer.needs))
-    dtype = DTYPES[config.torch_dtype] if config.torch_dtype else checkpoint_dtype(model.path)
-    job = Job(skeleton, plan, quantizer, FORMATS.get(str(config.quant_format)), device, dtype)
-    progress = Progress(folder / WORK, model, config, plan)
+    cast = DTYPES[config.torch_dtype] if config.torch_dtype else None
+    job = Job(skeleton, plan, quantizer, FORMATS.get(str(config.quant_format)), device, cast)
+    progress = Progress(folder / WORK, model, config, plan, found, device)
     with torch.inference_mode(), contextlib.ExitStack() as open_streams:
         calibration = Stream(
             progress, "calibration", batches_of(found.calibration or found.held_out[:1] or NO_TEXT, config.quant_batch_size), skeleton
@@ -85,12 +84,11 @@ def _assemble(job: Job, progress: Progress, config: ExportConfig, folder: Path) 
     replaced = {f"{key}.weight" for key in progress.errors}
     parts = {name: source for name, source in job.skeleton.checkpoint.sources.items() if name not in replaced} | new.sources
     casts = {}
-    if config.torch_dtype is not None:
-        wanted = DTYPES[config.torch_dtype]
-        casts = {name: wanted for name in parts if name not in new and job.skeleton.checkpoint.dtype(name) in FLOATS}
+    if job.cast is not None:
+        casts = {name: job.cast for name in parts if name not in new and job.skeleton.checkpoint.dtype(name) in FLOATS}
     files = assemble(folder, parts, size_in_bytes(config.max_shard_size), casts)
     job.skeleton.folder.copy_around(folder)
-    settings: Settings = replace(job.plan.settings, skipped=[*job.plan.skipped, *_others(job)])
+    settings: Settings = replace(job.plan.settings, skipped=_left(job, progress))
     about = job.skeleton.folder.config | {"quantization_config": job.format.config(settings)}
     if config.torch_dtype is not None:
         about |= {"dtype": config.torch_dtype}
@@ -100,11 +98,24 @@ def _assemble(job: Job, progress: Progress, config: ExportConfig, folder: Path) 
     return files
 
 
-def _others(job: Job) -> list[str]:
-    """Linear layers outside of the blocks, as they are called in the files: the head and whatever else there is."""
+def _left(job: Job, progress: Progress) -> list[str]:
+    """Modules with a matrix that was not quantized, as they are called in the files: engines would look for few bits in them.
+
+    Beside layers that were skipped these are the head, routers, experts in one tensor, and layers that no trial saw.
+    """
     skeleton = job.skeleton
     tied = dict(getattr(skeleton.model, "all_tied_weights_keys", None) or {})  # the file has no weights of that name
-    names = [
-        name for name, module in skeleton.model.named_modules() if type(module) is nn.Linear and not name.startswith(f"{skeleton.place}.")
+    outside = [
+        f"{name}.weight"
+        for name, module in skeleton.model.named_modules()
+        if type(module) is nn.Linear and not name.startswith(f"{skeleton.place}.")
     ]
-    return [name if f"{name}.weight" in tied else skeleton.keys[f"{name}.weight"].removesuffix(".weight") for name in names]
+    inside = [
+        f"{skeleton.place}.{index}.{name}"
+        for index in range(len(skeleton))
+        for name, parameter in skeleton.empty_block(index).named_parameters()
+        if parameter.dim() == 2 and name.endswith(".weight")
+    ]
+    names = [name if name in tied else skeleton.keys[name] for name in (*inside, *outside)]
+    layers = [layer for name in names if (layer := name.removesuffix(".weight")) not in progress.errors]
+    return layers + list(dict.fromkeys(name.rpartition(".")[0] for name in joined_weights(skeleton)))

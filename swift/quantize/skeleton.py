@@ -7,7 +7,7 @@ runs with blocks that do nothing; embeddings hold only the rows of the tokens th
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -69,9 +69,16 @@ class Skeleton:
         return self.keys[name].removesuffix(".weight")
 
     def calls(self, shape: tuple[int, int]) -> list[Call]:
-        """What each block is called with for (B, T) tokens without padding."""
-        self._start(torch.zeros(shape, dtype=torch.long), torch.zeros(1, dtype=torch.long))
-        return [note.call for note in self.notes]
+        """What each block is called with for (B, T) tokens without padding. ModelError if that depends on which tokens they are."""
+        seen = []
+        for token in (0, 1):
+            self._start(torch.zeros(shape, dtype=torch.long), torch.tensor([token]))
+            seen.append([note.call for note in self.notes])
+        for one, other in zip(*seen, strict=True):
+            given, again = (_tensors_in([*call.args, *call.kwargs.values()]) for call in (one, other))
+            if len(given) != len(again) or not all(map(torch.equal, given, again)):
+                raise ModelError(f"{self.folder.name}: its blocks look at the tokens beside the hidden states, which is not supported")
+        return seen[0]
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T, D): what the first block gets for ``ids`` (B, T)."""
@@ -188,15 +195,17 @@ class Skeleton:
             tensor = self.checkpoint.read(key)
             if tensor.shape != parameter.shape:
                 raise ModelError(f"{self.folder.name}: {key} has shape {list(tensor.shape)}, expected {list(parameter.shape)}")
-            _set(module, name, nn.Parameter(tensor.float().to(self.device), requires_grad=False))
+            _set(module, name, _loaded(nn.Parameter(tensor.float().to(self.device), requires_grad=False)))
         for part_name, part in list(module.named_modules()):
             names = [name for name, buffer in part._buffers.items() if buffer is not None and buffer.is_meta]
             if not names or skips(f"{part_name}." + names[0]):
                 continue
             for name in names:
-                key = self.keys.get(f"{prefix}{part_name}.{name}")
+                key = None if name in part._non_persistent_buffers_set else self.keys.get(f"{prefix}{part_name}.{name}")
                 shape = part._buffers[name]
-                part._buffers[name] = self.checkpoint.read(key).to(self.device) if key else torch.zeros_like(shape, device=self.device)
+                part._buffers[name] = (
+                    _loaded(self.checkpoint.read(key).to(self.device)) if key else torch.zeros_like(shape, device=self.device)
+                )
             with torch.no_grad():
                 self.model._init_weights(part)
 
@@ -263,6 +272,20 @@ def _find_keys(folder: ModelFolder, model: Any, checkpoint: Checkpoint) -> tuple
             hint="fetch the model again; a shard may be absent",
         )
     return keys, fused
+
+
+def _loaded(tensor: Any) -> Any:
+    """``tensor`` with the mark by which transformers leaves it alone when it makes the buffers of the same module."""
+    tensor._is_hf_initialized = True
+    return tensor
+
+
+def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """Those among ``values``, and among their tuples and lists."""
+    found: list[Tensor] = []
+    for value in values:
+        found += [value] if isinstance(value, Tensor) else _tensors_in(value) if isinstance(value, list | tuple) else []
+    return found
 
 
 def _set(module: nn.Module, name: str, value: nn.Parameter) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from swift import console
 from swift.config.commands import PtConfig, SftConfig
+from swift.config.train import LOSS_METRICS
 from swift.data import pool
 from swift.data.encode import Options, encode_with
 from swift.data.encoded import Encoded
@@ -165,8 +166,11 @@ def objective_of(config: SftConfig) -> str:
     return "pt" if isinstance(config, PtConfig) else "sft"
 
 
-def fill_open_options(config: SftConfig, snapshot: Snapshot, data: Data | None = None) -> None:
-    """Give every option that was left open its value, and remember why. With ``data``, those that depend on it too."""
+def fill_open_options(config: SftConfig, snapshot: Snapshot, data: Data | None = None, *, metrics: Sequence[str] = ()) -> None:
+    """Give every option that was left open its value, and remember why. With ``data``, those that depend on it too.
+
+    ``metrics`` are those of the tasks that are evaluated.
+    """
     if config.max_length is None and (length := context_length(snapshot.path)):
         config.derive("max_length", length, "the model's context length")
     if config.learning_rate is None:
@@ -179,7 +183,15 @@ def fill_open_options(config: SftConfig, snapshot: Snapshot, data: Data | None =
         config.derive("output_dir", str(Path("output") / snapshot_name(config, snapshot)), "the model's name")
     if data is None:
         return
-    if data.validation is None:
+    if data.validation is None and metrics:
+        if not config.said("metric_for_best_model"):
+            config.derive("metric_for_best_model", metrics[0], "no validation data")
+        if config.metric_for_best_model.removeprefix("eval_") in LOSS_METRICS:
+            raise ConfigError(
+                f"--metric_for_best_model {config.metric_for_best_model} needs validation data",
+                hint=f"give --val_dataset, or say --metric_for_best_model {metrics[0]}",
+            )
+    if data.validation is None and not metrics:
         if (
             config.eval_strategy in ("steps", "epoch")
             or config.eval_on_start
@@ -187,7 +199,8 @@ def fill_open_options(config: SftConfig, snapshot: Snapshot, data: Data | None =
             or config.load_best_model_at_end
         ):
             raise ConfigError(
-                "evaluation is asked for, but there is no validation data", hint="give --val_dataset or --split_dataset_ratio 0.01"
+                "evaluation is asked for, but there is no validation data",
+                hint="give --val_dataset, --split_dataset_ratio 0.01, or tasks: --eval_dataset mmlu",
             )
         config.derive("eval_strategy", "no", "no validation data")
     elif config.eval_strategy is None:
@@ -205,8 +218,8 @@ def snapshot_name(config: SftConfig, snapshot: Snapshot) -> str:
     return Path(reference).name
 
 
-def plan_rows(config: SftConfig, snapshot: Snapshot, data: Data, steps: Steps) -> list[tuple[str, str]]:
-    """What the run will do, as rows of a table."""
+def plan_rows(config: SftConfig, snapshot: Snapshot, data: Data, steps: Steps, tasks: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """What the run will do, as rows of a table; ``tasks`` say what is evaluated beside the validation rows."""
     rows = [
         ("model", f"{config.model} at {snapshot.path}"),
         *(stream_rows(config) if data.stream else training_rows(data)),
@@ -215,6 +228,7 @@ def plan_rows(config: SftConfig, snapshot: Snapshot, data: Data, steps: Steps) -
         ("steps", _steps_text(config, data, steps)),
         ("tuner", tuner_text(config)),
         ("learning rate", f"{config.learning_rate:g}, {config.lr_scheduler_type}"),
+        *(("task", task) for task in tasks),
         ("evaluation", config.eval_strategy if config.eval_strategy != "steps" else f"every {config.eval_steps} steps"),
         ("checkpoints", config.save_strategy if config.save_strategy != "steps" else f"every {config.save_steps} steps and at the end"),
     ]

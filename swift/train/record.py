@@ -61,7 +61,8 @@ def describe(run: RunDirectory, config: SftConfig, snapshot: hub.Snapshot, data:
 HARMLESS = set(
     "output_dir add_version logging_steps logging_first_step logging_dir report_to save_steps save_strategy save_total_limit eval_steps "
     "eval_strategy eval_on_start create_checkpoint_symlink dataset_num_proc dataloader_num_workers load_from_cache_file report_samples "
-    "load_best_model_at_end early_stop_interval per_device_eval_batch_size max_shard_size device use_cpu do_eval".split()
+    "load_best_model_at_end early_stop_interval per_device_eval_batch_size max_shard_size device use_cpu do_eval eval_dataset "
+    "eval_dataset_args eval_data_dir eval_limit eval_mode eval_num_fewshot eval_use_evalscope".split()
 )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from swift.files import new_file, write_json, write_text
 from swift.train.memory import peak_memory_gib
 from swift.train.prepare import Data, rows_read, training_rows, tuner_text
 from swift.train.state import TrainState
+from swift.train.tasks import LOWER_IS_BETTER
 from swift.train.trackers import duration
 
 ANSWER_TOKENS = 160
@@ -60,9 +62,15 @@ def write(
     *,
     before: list[str] | None,
     planned: dict[str, Any],
+    tasks: Sequence[str] = (),
 ) -> None:
-    """Write report.md, loss.png and plan.json, with what else was ``planned``, into the run directory."""
+    """Write report.md, loss.png and plan.json, with what else was ``planned``, into the run directory.
+
+    ``tasks`` are the metrics that stand for the tasks that were evaluated; they get a plot of their own, tasks.png.
+    """
     plot_losses(run / "loss.png", state)
+    if tasks:
+        plot_tasks(run / "tasks.png", state, tasks)
     was_training = model.training
     model.eval()
     after = answers(model, tokenizer, data, config)
@@ -76,10 +84,10 @@ def write(
         f"**Prompt**\n\n{_quote(text)}\n\n**Before**\n\n{_quote(old)}\n\n**After**\n\n{_quote(new)}\n\n**Expected**\n\n{_quote(expected)}\n"
         for (_, text, expected), old, new in zip(sample_prompts(tokenizer, data, config), before or [], after, strict=bool(before))
     ]
-    write_text(run / "report.md", _report(config, data, state, measured, samples))
+    write_text(run / "report.md", _report(config, data, state, measured, samples, tasks))
 
 
-def _report(config: SftConfig, data: Data, state: TrainState, measured: dict[str, Any], samples: list[str]) -> str:
+def _report(config: SftConfig, data: Data, state: TrainState, measured: dict[str, Any], samples: list[str], tasks: Sequence[str]) -> str:
     seconds = max(state.train_seconds, 1e-9)
     evaluations = [line for line in state.log_history if "eval_loss" in line]
     rows = [
@@ -97,9 +105,51 @@ def _report(config: SftConfig, data: Data, state: TrainState, measured: dict[str
     ]
     parts = ["# Training report", "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)]
     parts.append("![loss](loss.png)")
+    if tasks:
+        parts += ["## Tasks", tasks_table(state, tasks), "![tasks](tasks.png)"]
     if samples:
         parts += ["## Answers before and after", *samples]
     return "\n\n".join(parts) + "\n"
+
+
+def tasks_table(state: TrainState, tasks: Sequence[str]) -> str:
+    """Each task's metric at the first and the last evaluation, with its 95% interval, and at the best one, as Markdown."""
+    rows = ["| metric | first | last | best |", "|---|---|---|---|"]
+    for name in tasks:
+        lines = [line for line in state.log_history if f"eval_{name}" in line]
+        if not lines:
+            continue
+        choose = min if name.endswith(LOWER_IS_BETTER) else max
+        best = choose([line for line in lines if line["step"]] or lines, key=lambda line: line[f"eval_{name}"])
+        rows.append(f"| {name} | " + " | ".join(_with_interval(line, f"eval_{name}") for line in (lines[0], lines[-1], best)) + " |")
+    return "\n".join(rows) + "\n\nIn brackets the 95% interval, which says how far other examples of the same kind could lie."
+
+
+def _with_interval(line: dict[str, Any], key: str) -> str:
+    interval = f" [{line[key + '_low']:.4f}, {line[key + '_high']:.4f}]" if f"{key}_low" in line else ""
+    return f"{line[key]:.4f}{interval} at step {line['step']}"
+
+
+def plot_tasks(path: Path, state: TrainState, tasks: Sequence[str]) -> None:
+    """The metric of each task over steps, with its 95% interval, as a PNG; one panel a task, since scales differ."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(len(tasks), figsize=(7, 2.6 * len(tasks)), dpi=120, layout="constrained", squeeze=False, sharex=True)
+    for axes, name in zip(panels[:, 0], tasks, strict=True):
+        lines = [line for line in state.log_history if f"eval_{name}" in line]
+        steps = [line["step"] for line in lines]
+        ends = [[line.get(f"eval_{name}_{end}", line[f"eval_{name}"]) for line in lines] for end in ("low", "high")]
+        axes.fill_between(steps, *ends, alpha=0.2, linewidth=0)
+        axes.plot(steps, [line[f"eval_{name}"] for line in lines], "o-", markersize=4)
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+    panels[-1, 0].set_xlabel("step")
+    with new_file(path) as temporary:
+        figure.savefig(temporary, format="png")
+    pyplot.close(figure)
 
 
 def computed_text(state: TrainState) -> str:

@@ -17,6 +17,7 @@ from swift.config.options import to_dict
 from swift.data.collate import flat_batches, padded_batch
 from swift.data.load import append_rejected, keep_rejected
 from swift.errors import Interrupted, TrainingError
+from swift.evaluate.live import LiveEvaluation
 from swift.files import write_json
 from swift.model.batch import Batch
 from swift.model.checkpoints import adapter_folder, model_reference
@@ -47,6 +48,7 @@ from swift.train.record import describe, say_farewell, what_to_resume
 from swift.train.rundir import RunDirectory, new_run_path
 from swift.train.state import TrainResult, TrainState
 from swift.train.steps import Place, Step, Steps, cut_by_tokens, plan_steps
+from swift.train.tasks import LOWER_IS_BETTER, evaluate_tasks, read_tasks, task_text
 from swift.train.trackers import Trackers
 from swift.tuner import TUNERS
 from swift.tuner.adapter import load_adapter_weights
@@ -63,10 +65,11 @@ def train(config: SftConfig) -> TrainResult | None:
     )
     fill_open_options(config, snapshot)
     data = prepare_data(config, snapshot)
-    fill_open_options(config, snapshot, data)
+    tasks = read_tasks(config, snapshot, data.tokenizer)
+    fill_open_options(config, snapshot, data, metrics=tasks.metrics if tasks else ())
     steps = plan_steps(config, data.rows)
     advise(config, data)
-    plan = plan_rows(config, snapshot, data, steps)
+    plan = plan_rows(config, snapshot, data, steps, [task_text(task) for task in tasks.tasks] if tasks else ())
     console.table(("what", "plan"), plan)
     if config.dry_run:
         return None
@@ -74,7 +77,7 @@ def train(config: SftConfig) -> TrainResult | None:
     with RunDirectory(path) as run:
         describe(run, config, snapshot, data, is_resumed=resume_run is not None)
         loaded = load_for_training(config, snapshot.path)
-        session = Session(config, run, data, steps, loaded)
+        session = Session(config, run, data, steps, loaded, tasks)
         result = session.run_to_end(resume_from)
     say_farewell(config, result)
     return result
@@ -83,9 +86,11 @@ def train(config: SftConfig) -> TrainResult | None:
 class Session:
     """One process's part of a run: the things that the loop works with, and the order of a step."""
 
-    def __init__(self, config: SftConfig, run: RunDirectory, data: Data, steps: Steps, loaded: Loaded) -> None:
+    def __init__(
+        self, config: SftConfig, run: RunDirectory, data: Data, steps: Steps, loaded: Loaded, tasks: LiveEvaluation | None = None
+    ) -> None:
         self.config, self.run, self.data, self.steps, self.device = config, run, data, steps, loaded.device
-        self.tokenizer = loaded.tokenizer
+        self.tokenizer, self.loaded, self.tasks = loaded.tokenizer, loaded, tasks
         self.objective = OBJECTIVES.get("sft")()
         self.tuner = TUNERS.get(config.tuner_type)()
         self.before: list[str] | None = None
@@ -132,6 +137,7 @@ class Session:
             start=state.global_step,
             total=self.steps.total,
             plain=config.disable_tqdm,
+            shown=[f"eval_{name}" for name in self.tasks.metrics] if self.tasks else (),
         )
         with contextlib.closing(self.trackers), StopRequest(self._on_stop) as stop:
             if config.eval_on_start and state.global_step == 0:
@@ -197,19 +203,24 @@ class Session:
         self.is_new_best = False
 
     def _evaluate(self) -> None:
-        """Loss over the validation rows; remembers the best step."""
-        assert self.data.validation is not None
-        parts = (batch for examples in self._evaluation_passes(self.data.validation) for batch in self._collate([examples]))
-        values = evaluate(self.policy, parts, objective=self.objective, strategy=self.strategy, device=self.device)
+        """Loss over the validation rows, and the tasks; remembers the best step."""
+        values: dict[str, float] = {}
+        if self.data.validation is not None:
+            parts = (batch for examples in self._evaluation_passes(self.data.validation) for batch in self._collate([examples]))
+            values = evaluate(self.policy, parts, objective=self.objective, strategy=self.strategy, device=self.device)
+        if self.tasks is not None:
+            values |= evaluate_tasks(self.tasks, self.loaded, self.model, is_compiled=self.config.torch_compile)
         self.state.log_history.append(self.trackers.log(self.state.global_step, self.state.epoch, values))
         if self.state.global_step == 0:
             return  # what came before training is no result of it
         name = "eval_" + self.config.metric_for_best_model.removeprefix("eval_")
         is_greater_better = self.config.greater_is_better
         if is_greater_better is None:
-            is_greater_better = not name.endswith("loss")
-        best, value = self.state.best_metric, values[name]
-        if best is None or (value > best if is_greater_better else value < best):
+            is_greater_better = not name.endswith(LOWER_IS_BETTER)
+        best, value = self.state.best_metric, values.get(name)
+        if value is None:  # no answer gave a finite one
+            self.state.evaluations_without_gain += 1
+        elif best is None or (value > best if is_greater_better else value < best):
             self.state.best_metric, self.state.best_step, self.state.evaluations_without_gain = value, self.state.global_step, 0
             self.is_new_best = True
         else:
@@ -300,6 +311,7 @@ class Session:
             self.device,
             before=self.before,
             planned=planned,
+            tasks=self.tasks.metrics if self.tasks else (),
         )
         facts = {
             "last_model_checkpoint": str(self.run.checkpoints()[-1]) if self.run.checkpoints() else None,

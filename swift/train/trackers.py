@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,26 @@ SHOWN = {
 
 
 class Trackers:
-    """Writes each logged line everywhere. ``start`` is the step a resumed run starts at: later lines are cut off."""
+    """Writes each logged line everywhere. ``start`` is the step a resumed run starts at: later lines are cut off.
+
+    ``shown`` are names that the screen shows beside the usual ones.
+    """
 
     def __init__(
-        self, run: Path, *, report_to: list[str], is_explicit: bool, logging_dir: str | None, start: int, total: int, plain: bool
+        self,
+        run: Path,
+        *,
+        report_to: list[str],
+        is_explicit: bool,
+        logging_dir: str | None,
+        start: int,
+        total: int,
+        plain: bool,
+        shown: Sequence[str] = (),
     ) -> None:
         self.run = run
         self.total = total
+        self.shown = SHOWN | {name: name.removeprefix("eval_") for name in shown}
         self.begin = time.monotonic()
         self.start = start
         for name in ("logging.jsonl", "metrics.jsonl"):
@@ -85,7 +99,7 @@ class Trackers:
         console.event("metrics", {"step": step, "max_steps": self.total, **values})
         if console.is_json():
             return
-        facts = "  ".join(f"{SHOWN[key]} {_short(value)}" for key, value in values.items() if key in SHOWN)
+        facts = "  ".join(f"{self.shown[key]} {_short(value)}" for key, value in values.items() if key in self.shown)
         if self._bar is not None:
             if "loss" in values:
                 self._bar.update(self._task, facts=f"loss {_short(values['loss'])}")

@@ -91,6 +91,12 @@ def test_the_card_says_how_it_was_calibrated_and_by_whom_it_is_read(tiny_model, 
     assert "vllm serve Qwen-7B-awq-int4" in text
 
 
+@pytest.mark.parametrize(("method", "is_calibrated"), [("gptq", True), ("int8", True), ("fp8", False), ("bnb", False)])
+def test_a_card_speaks_of_calibration_where_there_was_one(tiny_model, tmp_path, method, is_calibrated):
+    text = card(tiny_model, tmp_path, {"quant_method": method})
+    assert ("## Calibration" in text, "Measured with" in text) == (is_calibrated, not is_calibrated)
+
+
 def test_the_id_on_the_hub_is_what_readers_load(tiny_model, tmp_path):
     text = card(tiny_model, tmp_path, {"push_to_hub": True, "hub_model_id": "hf::me/tiny@main", "hub_token": "hf_secret"})
     assert 'from_pretrained("me/tiny")' in text

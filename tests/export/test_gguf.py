@@ -78,6 +78,20 @@ def test_these_families_are_refused(by_transformers: None, family: str):
         prove(config_of(family))
 
 
+NO_DECODERS = {
+    "gemma3": "reads more than text",
+    "qwen2_vl": "reads more than text",
+    "mamba": "have no attention",
+    "t5gemma": "know no model of type t5gemma",
+}
+
+
+@pytest.mark.parametrize("kind", NO_DECODERS)
+def test_models_of_another_build_are_refused_in_one_line(by_transformers: None, kind: str):
+    with pytest.raises(ModelError, match=NO_DECODERS[kind]):
+        prove(CONFIG_MAPPING[kind]())
+
+
 def test_every_family_is_accounted_for():
     assert {*WRITTEN, *ONLY_LLAMA_CPP, *REFUSED} == set(FAMILIES)
 
@@ -258,7 +272,12 @@ def test_types_of_llama_cpp_are_written_by_it(tmp_path: Path, kind: str):
     file = export(model, tmp_path / "out", gguf_type=kind)
     kinds = {tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
     assert f"{kind[:4].upper()}" in kinds
-    assert sorted(path.name for path in file.parent.iterdir()) == ["README.md", f"model-{kind.upper()}.gguf", "swift_report.json"]
+    assert sorted(path.name for path in file.parent.iterdir()) == [
+        "README.md",
+        "audit.jsonl",
+        f"model-{kind.upper()}.gguf",
+        "swift_report.json",
+    ]
 
 
 def test_types_of_llama_cpp_need_it(by_transformers: None, tiny_model: Path, tmp_path: Path):

@@ -116,6 +116,13 @@ def test_weights_of_few_bits_are_those_that_torch_would_compute_with(family, tmp
     assert onnx.verify(artifact, reference, config("onnx", onnx_precision="int4")).largest_difference < 1e-3
 
 
+def test_a_head_whose_logits_are_scaled_keeps_8_bits(tmp_path):
+    model = saved(tmp_path / "model", "granite", hidden_size=64, tie_word_embeddings=False)
+    artifact, _ = exported(onnx, model, tmp_path, "onnx", onnx_precision="int4")
+    held = set(onnx_ir.load(artifact.path / "model.onnx").graph.initializers)
+    assert {"lm_head.weight_Q8", "model.embed_tokens.weight_Q8", "model.layers.0.mlp.up_proj.weight_Q4"} <= held
+
+
 def test_codes_lie_where_onnxruntime_reads_them():
     """Rows of 33: a second block that holds one weight. Each block has 0 and 15 at its ends, so the scale is 1."""
     rows = torch.zeros(1, 33)
@@ -157,6 +164,16 @@ def test_onnxruntime_genai_answers_as_transformers_does(family, options, precisi
     assert measured.loader.startswith("onnxruntime-genai 0")
     assert measured.largest_difference < (EXACT if precision == "fp32" else 2e-2)
     assert genai_answer(artifact.path, PROMPT, 20) == greedy(model, PROMPT, 20)
+
+
+def test_what_the_builder_writes_and_the_runtime_does_not_load_is_traced(tmp_path, monkeypatch):
+    def broken(model, precision, folder):
+        (folder / "genai_config.json").write_text("{}")
+
+    monkeypatch.setattr(onnx_genai, "build", broken)
+    artifact, measured = exported(onnx, saved(tmp_path / "model", "llama"), tmp_path, "onnx", onnx_layout="genai")
+    assert onnx_ir.load(artifact.path / "model.onnx").producer_name == "swift"
+    assert measured.largest_difference < EXACT
 
 
 def test_experts_are_refused_and_leave_nothing(tmp_path):
@@ -249,6 +266,20 @@ def test_smollm2_in_4_bits_is_measured_in_both_layouts(tmp_path, capsys):
         with capsys.disabled():
             print(f"\n{layout} int4: {artifact.weight_bytes / 1e6:.1f} MB, divergence {measured.kl:.4f} nats a token")
         assert measured.kl < 0.6
+
+
+def test_the_builder_leaves_nothing_beside_the_folder_even_when_it_is_killed(tmp_path, monkeypatch):
+    model, seen = saved(tmp_path / "model", "llama"), []
+
+    def killed(*args, **kwargs):
+        seen.extend(path.name for path in tmp_path.iterdir())
+        raise KeyboardInterrupt
+
+    (tmp_path / "made").mkdir()
+    monkeypatch.setattr(onnx_genai.subprocess, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        onnx_genai.build(model, "fp32", tmp_path / "made")
+    assert sorted(seen) == ["made", "model"]
 
 
 def test_the_builder_is_asked_only_for_what_runs_on_a_processor(tmp_path):

@@ -94,6 +94,14 @@ def test_a_hub_that_takes_no_upload_leaves_the_folder_and_says_how_to_go_on(loop
     assert arrived(loopback, kind)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
 
+def test_the_command_for_later_asks_for_the_same_hub_and_for_a_private_repository(loopback, tiny_model, tmp_path):
+    loopback.tokens, loopback.readers = {"good"}, {"good"}
+    with pytest.raises(HubError) as caught:
+        upload(tiny_model, "hf", tmp_path, hub_model_id="me/tiny", use_hf=True, hub_private_repo=True, commit_message="by hand")
+    command = "--hub_model_id me/tiny --use_hf true --hub_private_repo true --commit_message 'by hand'"
+    assert caught.value.hint.endswith(f"swift export --model {tmp_path / 'out'} --push_to_hub true {command}")
+
+
 @KINDS
 def test_what_has_arrived_is_not_sent_again(loopback, kind, tiny_model, tmp_path):
     upload(tiny_model, kind, tmp_path)

@@ -286,6 +286,24 @@ def test_a_folder_of_other_things_is_never_replaced(half, tiny_model, tmp_path):
     assert names(tmp_path / "out") == ["diary.txt"]
 
 
+@pytest.mark.parametrize("place", [".", "/", "../here"])
+def test_the_working_directory_is_no_place_for_a_new_folder(half, tiny_model, tmp_path, monkeypatch, place):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ConfigError, match="cannot be replaced"):
+        write(tiny_model, tmp_path, output_dir=place)
+    assert names(tmp_path) == ["here"]
+
+
+def test_a_replacement_under_way_is_not_taken_for_a_kill(half, tiny_model, tmp_path):
+    """Another process holds the folder, and is between its two renames."""
+    with claimed(tmp_path / "out"):
+        (tmp_path / ".out.old").mkdir()
+        with pytest.raises(MachineError, match="another process"):
+            write(tiny_model, tmp_path)
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_kill_between_the_two_renames_loses_nothing(half, tiny_model, tmp_path):
     folder = write(tiny_model, tmp_path)
     before = (folder / "audit.jsonl").read_bytes()

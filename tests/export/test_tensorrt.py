@@ -232,8 +232,8 @@ def test_a_profile_that_does_not_fit_is_refused(rtx, tmp_path):
 
 def test_a_compute_capability_that_is_not_known_is_refused(rtx, tmp_path):
     config = config_of(tmp_path, tensorrt_library="rtx", tensorrt_compute_capability=["3.5"])
-    with pytest.raises(ModelError, match=r"3.5 is not known to TensorRT for RTX"):
-        tensorrt.capabilities(config, rtx)
+    with pytest.raises(ConfigError, match=r"3.5 is not known to TensorRT for RTX"):
+        tensorrt.check(ModelFolder(tmp_path, "tiny"), config)
 
 
 def test_the_list_of_operators_is_what_the_parser_says(rtx):

@@ -1,5 +1,7 @@
 """Which operation produces an input is found by trial, and dividing it changes nothing, for every family."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -82,16 +84,18 @@ def test_norms_that_add_one_are_rounded_as_stored_and_the_scale_makes_up_for_it(
 
 def test_a_known_fold_is_only_checked():
     given = block_of("llama")
-    folds = folds_of(given)
+    known = {}
+    folds = folds_of(given, known=known)
+    assert [known[tuple(group)] for group in given.groups] == folds
     runs = []
 
     def alone():
         runs.append(1)
         return given.alone()
 
-    assert find_folds(given.block, given.groups, given.together, alone, known=folds) == folds
+    assert find_folds(given.block, given.groups, given.together, alone, known=known) == folds
     assert len(runs) == 1
-    wrong = [Fold("post_attention_layernorm", folds[0].share), *folds[1:]]
+    wrong = known | {tuple(given.groups[0]): Fold("post_attention_layernorm", folds[0].share)}
     assert folds_of(given, known=wrong)[0].producer == "input_layernorm"
 
 
@@ -134,6 +138,26 @@ def test_a_router_that_reads_the_same_input_is_scaled_with_the_experts(experts):
     folds = find_folds(block, GROUPS, lambda: block(x), lambda: block(x.transpose(0, 1)))
     assert (folds[0].producer, folds[0].further) == ("norm", ("router.weight",))
     assert (folds[1].producer, folds[1].further) == ("first.2", ())
+
+
+def test_experts_that_got_no_token_are_searched_when_they_do(experts):
+    """And a fold that was found is not forgotten in a block where no token shows it."""
+    block, x = experts()
+    (best,) = block.router(block.norm(x[:, :1])).argmax(-1)[0].tolist()
+    groups, known = [[f"second.{number}"] for number in range(4)], {}
+    one = find_folds(block, groups, lambda: block(x[:, :1]), lambda: block(x[:, :1]), known)
+    assert [number for number, fold in enumerate(one) if fold] == [best]
+    assert list(known) == [(f"second.{best}",)]
+    assert all(find_folds(block, groups, lambda: block(x), lambda: block(x.transpose(0, 1)), known))
+    find_folds(block, groups, lambda: block(x[:, :1]), lambda: block(x[:, :1]), known)
+    assert len(known) == 4 and all(known.values())
+
+
+def test_a_fold_is_the_same_after_a_way_through_json():
+    fold = Fold("norm", torch.tensor([2, 0, 1]), 1.0, ("router.weight",))
+    again = Fold.of(json.loads(json.dumps(fold.as_dict())), torch.device("cpu"))
+    assert again.share.tolist() == [2, 0, 1] and again.share.dtype == torch.int64
+    assert (again.producer, again.offset, again.further) == ("norm", 1.0, ("router.weight",))
 
 
 def test_no_fold_where_something_else_reads_the_input(experts):

@@ -106,6 +106,15 @@ def test_scales_of_least_squares_are_those_of_torch():
         assert torch.allclose(fitted[row].double(), wanted, rtol=2e-3)
 
 
+def test_scales_of_some_rows_at_a_time_are_those_of_all(monkeypatch):
+    weight, hessian = layer(outputs=7, inputs=64)
+    scales, zeros = find_grid(weight, 4, 16, True)
+    whole = round_to(weight, scales, zeros, 4).float() - 8
+    wanted = fit_scales(weight @ hessian, hessian, whole, scales)
+    monkeypatch.setattr("swift.quantize.refine.LARGEST", 3 * 4**2)
+    assert torch.allclose(fit_scales(weight @ hessian, hessian, whole, scales), wanted, rtol=2e-3)
+
+
 def test_each_step_of_the_descent_is_the_best_of_its_column():
     """After one pass from far away, the last column cannot be bettered by any other code; the loss fell."""
     weight, hessian = layer(outputs=5, inputs=96)

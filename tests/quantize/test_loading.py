@@ -142,6 +142,16 @@ def test_transformers_reads_fp8_as_we_do(checkpoint):
     assert torch.equal(log_probabilities(model), log_probabilities(load_model(folder).model))
 
 
+@pytest.mark.parametrize("activations", ["static", "dynamic"])
+def test_fp8_with_one_scale_for_a_tensor_is_read(activations, checkpoint, tmp_path):
+    """The tensors of other tools: ``weight_scale`` in place of ``weight_scale_inv``."""
+    folder, weights = checkpoint("ct-fp8-static")
+    shutil.copytree(folder, tmp_path / "fp8")
+    change_config(tmp_path / "fp8", quantization_config={"quant_method": "fp8", "activation_scheme": activations})
+    model = load_model(tmp_path / "fp8").model
+    assert all(torch.equal(model.get_submodule(layer).weight, weight) for layer, weight in weights.items())
+
+
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
 def test_transformers_reads_what_bitsandbytes_quantized(name, wide, checkpoint):
     """8 bits are multiplied with inputs of 8 bits, which moves log-probabilities by 0.01 here."""

@@ -1,45 +1,23 @@
 """A model run block by block is the model, and what is gathered on the way is what the whole model sees."""
 
-import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from swift.config.commands import QuantizeConfig
-from swift.config.options import build as build_config
-from swift.errors import ConfigError, MachineError, ModelError
-from swift.export.folder import REPORT_FILE, partial_folder
-from swift.export.run import run_export
+from swift.errors import ModelError
 from swift.model.artifact import ModelFolder
-from swift.model.load import load_model
-from swift.model.quantized import FORMATS
 from swift.model.quantized.base import GroupedWeight
-from swift.model.tokenizer import load_tokenizer
 from swift.quantize.base import Inputs
-from swift.quantize.calibrate import documents
 from swift.quantize.head import measure
 from swift.quantize.passes import BlockPasses, batches_of, gather, mirror
 from swift.quantize.skeleton import Skeleton
 from swift.quantize.store import Store
-from swift.quantize.tensors import Checkpoint
 from swift.quantize.trial import find_levels
 from tests.families import FAMILIES, build
-from tests.tiny import CHATML, make_model, make_tokenizer
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[2]
-ROWS = [
-    {"messages": [{"role": "user", "content": f"What about day {n}?"}, {"role": "assistant", "content": f"Snow, {n} cm. " * 6}]}
-    for n in range(40)
-]
 
 
 def saved(family: str, path: Path, **options) -> ModelFolder:
@@ -68,6 +46,43 @@ def test_a_model_by_blocks_gives_the_logits_of_the_model(family, tmp_path):
     wanted = build(family)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     assert torch.allclose(torch.cat(parts, -1), wanted, rtol=1e-5, atol=1e-5)
     assert all(parameter.is_meta for parameter in skeleton.blocks.parameters())
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+@torch.inference_mode()
+def test_routers_that_keep_a_buffer_are_those_of_the_files(family, tmp_path):
+    """transformers initializes a module as a whole, weights too, where its buffers have to be made."""
+    size = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    size |= {"first_k_dense_replace": 1, "n_shared_experts": 1, "num_key_value_heads": 4}
+    size |= {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    model = build(family, **size)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.linspace(-0.5, 0.5, len(buffer)))
+    model.save_pretrained(tmp_path)
+    skeleton = Skeleton(ModelFolder(tmp_path, family), CPU)
+    state = model.state_dict()
+    block = skeleton.block(1)
+    for part in ("weight", "e_score_correction_bias"):
+        assert torch.equal(block.state_dict()[f"mlp.gate.{part}"], state[f"model.layers.1.mlp.gate.{part}"])
+    ids = torch.randint(5, 120, (2, 12), generator=torch.Generator().manual_seed(1))
+    with skeleton.head(slice(0, skeleton.vocabulary)) as logits:
+        found = logits(run_by_blocks(skeleton, ids))
+    wanted = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_that_look_at_the_tokens_themselves_are_refused(tmp_path, monkeypatch):
+    skeleton = Skeleton(saved("llama", tmp_path), CPU)
+    decoder = skeleton._shell
+    forward = decoder.layers[0].forward
+
+    def with_tokens(hidden, *args, **kwargs):
+        return forward(hidden, *args, **kwargs, per_layer_input=hidden.sum(-1))
+
+    monkeypatch.setattr(decoder.layers[0], "forward", with_tokens)
+    with pytest.raises(ModelError, match="its blocks look at the tokens beside the hidden states"):
+        skeleton.calls((1, 4))
 
 
 @torch.inference_mode()
@@ -188,371 +203,6 @@ def test_each_layer_sees_what_its_quantized_predecessors_give(family, tmp_path):
             near = 1e-2 if "experts" in name else 1e-3  # products of few inputs that were kept in float16
             gap = (inputs.hessian - mirror(wanted[name].hessian)).abs().max()
             assert gap < near * inputs.hessian.abs().max(), name
-
-
-@pytest.fixture
-def rows(tmp_path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
-    return path
-
-
-def wide(path: Path, **options) -> Path:
-    return make_model(path, hidden_size=64, intermediate_size=128, **options)
-
-
-def quantize(model: Path, rows: Path, out: Path, *, bare: bool = False, **options) -> Path:
-    """``bare``: no options of GPTQ but those given."""
-    given = {"model": str(model), "dataset": [str(rows)], "output_dir": str(out), "device": "cpu"}
-    given |= {"quant_eval_samples": 4, "max_length": 64}
-    if options.get("quant_method") not in ("bnb", "fp8") or options.get("quant_activations") == "static":
-        given["quant_n_samples"] = 12
-    if not bare:
-        given |= {"quant_method": "gptq", "quant_bits": 4, "group_size": 32}
-    return run_export(build_config(QuantizeConfig, ("argument", given | options)))
-
-
-def dense(folder: Path, layer: str, name: str = "gptq") -> torch.Tensor:
-    """The weights of a layer in a checkpoint in the format ``name``."""
-    form = FORMATS.get(name)
-    tensors = Checkpoint(sorted(folder.glob("*.safetensors")))
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    return form.read(layer, tensors.read, form.settings(config)).dequantize()
-
-
-def held_out(model: Path, rows: Path) -> list[list[int]]:
-    """The documents that measure, as the quantizer chooses them."""
-    given = {"model": str(model), "quant_method": "gptq", "dataset": [str(rows)], "quant_n_samples": 12, "quant_eval_samples": 4}
-    config = build_config(QuantizeConfig, ("argument", given | {"max_length": 64}))
-    return documents(config, load_tokenizer(model)).held_out
-
-
-SCALED = ["llama", "qwen2", "qwen3", "phi3", "granite", "mixtral"]
-OTHERS = ["cohere", "gemma2", "gemma3_text", "olmo2", "opt", "gpt_neox"]
-
-
-@pytest.mark.parametrize("family", SCALED + OTHERS)
-def test_awq_scales_what_it_can_and_measures_what_it_wrote(family, tmp_path, rows):
-    """The report's divergence beside transformers' forward pass with every tensor of the written file, norms included."""
-    folder = tmp_path / "m"
-    size = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 320, "head_dim": 16, "max_position_embeddings": 512}
-    size |= {"ffn_dim": 128, "word_embed_proj_dim": 64} if family == "opt" else {}
-    model = build(family, **size, bos_token_id=None, eos_token_id=2, pad_token_id=3)
-    model.save_pretrained(folder)
-    make_tokenizer(folder)
-    out = quantize(folder, rows, tmp_path / "q", quant_method="awq")
-    report = json.loads((out / REPORT_FILE).read_text())
-    kept, original = (Checkpoint(sorted(place.glob("*.safetensors"))) for place in (out, folder))
-    pieces = held_out(folder, rows)
-    filled = tmp_path / "dense"
-    shutil.copytree(folder, filled)
-    tensors = {name: kept.read(name) if name in kept else dense(out, name.removesuffix(".weight"), "awq") for name in original.sources}
-    save_file(tensors, filled / "model.safetensors", {"format": "pt"})
-    with torch.inference_mode():
-        before, after = (
-            [loaded.model(input_ids=torch.tensor([piece])).logits[0].log_softmax(-1) for piece in pieces]
-            for loaded in (load_model(place, torch_dtype="float32", device="cpu") for place in (folder, filled))
-        )
-    kl = sum(float((a.exp() * (a - b)).sum()) for a, b in zip(before, after, strict=True)) / sum(map(len, pieces))
-    assert report["kl"] == pytest.approx(kl, rel=1e-2)
-    assert 0 < report["kl"] < 0.2
-    moved = [name for name in original.sources if name in kept and not torch.equal(kept.read(name), original.read(name))]
-    assert bool(moved) or family not in SCALED  # norms that took a scale
-
-
-def test_a_quantized_model_has_fewer_bytes_and_a_report(tmp_path, rows):
-    model = wide(tmp_path / "m")
-    (model / "swift-snapshot.json").write_text("{}")  # what the cache knows of the files: not of the new ones
-    out = quantize(model, rows, tmp_path / "q")
-    report = json.loads((out / REPORT_FILE).read_text())
-    assert report["bytes_after"] < report["bytes_before"]
-    assert report["tokens"] > 50
-    assert 0 < report["kl"] < 0.05
-    assert report["perplexity_after"] == pytest.approx(report["perplexity_before"], rel=0.1)
-    assert len(report["worst_layers"]) == 8
-    assert not partial_folder(out).exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "q", "rows.jsonl"]
-    around = {"README.md", "audit.jsonl", "config.json", "generation_config.json", "model.safetensors", REPORT_FILE}
-    around |= {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in out.iterdir()} == around
-    original = load_file(model / "model.safetensors")
-    layer = "model.layers.1.mlp.down_proj"
-    weight = dense(out, layer)
-    assert (weight - original[f"{layer}.weight"]).abs().max() < 0.02
-    kept = load_file(out / "model.safetensors")
-    assert torch.equal(kept["model.norm.weight"], original["model.norm.weight"])
-    assert f"{layer}.weight" not in kept
-
-
-def test_measured_by_blocks_is_measured_on_the_whole_model(tmp_path, rows):
-    """The report's divergence beside transformers' forward pass with the weights that the file gives."""
-    model = wide(tmp_path / "m")
-    out = quantize(model, rows, tmp_path / "q", quant_bits=2)
-    report = json.loads((out / REPORT_FILE).read_text())
-    loaded = load_model(model, torch_dtype="float32", device="cpu")
-    pieces = held_out(model, rows)
-    with torch.inference_mode():
-        before = [loaded.model(input_ids=torch.tensor([piece])).logits[0].log_softmax(-1) for piece in pieces]
-        for name, module in loaded.model.model.layers.named_modules():
-            if type(module) is nn.Linear:
-                module.weight.copy_(dense(out, f"model.layers.{name}"))
-        after = [loaded.model(input_ids=torch.tensor([piece])).logits[0].log_softmax(-1) for piece in pieces]
-    kl = sum(float((a.exp() * (a - b)).sum()) for a, b in zip(before, after, strict=True)) / sum(map(len, pieces))
-    assert report["kl"] == pytest.approx(kl, rel=1e-3)
-
-
-def test_calibration_and_measuring_share_no_document(tmp_path, rows):
-    model = wide(tmp_path / "m")
-    given = {
-        "model": str(model),
-        "quant_method": "gptq",
-        "dataset": [str(rows)],
-        "quant_n_samples": 20,
-        "quant_eval_samples": 6,
-        "max_length": 64,
-    }
-    config = build_config(QuantizeConfig, ("argument", given))
-    found = documents(config, load_tokenizer(model))
-    again = documents(build_config(QuantizeConfig, ("argument", given | {"quant_n_samples": 3})), load_tokenizer(model))
-    assert len(found.held_out) == 6
-    assert len(found.calibration) == 20
-    assert again.held_out == found.held_out
-    assert not {tuple(piece[:30]) for piece in found.held_out} & {tuple(piece[:30]) for piece in found.calibration}
-    assert found.calibration[0][:3] == load_tokenizer(model)("<|im_start|>user\n").input_ids[:3]  # the chat template
-
-
-@pytest.mark.parametrize("chat_template", [None, CHATML])
-def test_the_built_in_text_serves_models_with_and_without_a_chat_template(chat_template, tmp_path):
-    model = wide(tmp_path / "m", chat_template=chat_template)
-    given = {"model": str(model), "quant_method": "gptq", "quant_n_samples": 40, "quant_eval_samples": 8, "max_length": 64}
-    found = documents(build_config(QuantizeConfig, ("argument", given)), load_tokenizer(model))
-    assert (len(found.calibration), len(found.held_out)) == (40, 8)
-    begins = load_tokenizer(model)("<|im_start|>").input_ids
-    assert any(piece[: len(begins)] == begins for piece in found.calibration) is (chat_template is not None)
-
-
-def test_a_killed_run_goes_on_and_gives_the_same_files(tmp_path, rows):
-    model = wide(tmp_path / "m", num_hidden_layers=6)
-    whole = quantize(model, rows, tmp_path / "whole")
-    code = (
-        "import os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from swift.quantize.progress import Progress\n"
-        "done = Progress.done\n"
-        "def kill(self, index, errors):\n"
-        "    done(self, index, errors)\n"
-        "    if index == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Progress.done = kill\n"
-        "from tests.quantize.test_stream import quantize\n"
-        "from pathlib import Path\n"
-        "quantize(*map(Path, sys.argv[2:]))\n"
-    )
-    out = tmp_path / "killed"
-    died = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT), str(model), str(rows), str(out)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert died.returncode == -signal.SIGKILL, died.stderr
-    assert not out.exists()
-    assert partial_folder(out).is_dir()
-    quantize(model, rows, out)
-    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    reports = [json.loads((folder / REPORT_FILE).read_text()) for folder in (whole, out)]
-    assert reports[0]["kl"] == reports[1]["kl"]
-    assert reports[0]["worst_layers"] == reports[1]["worst_layers"]
-    assert not partial_folder(out).exists()
-
-
-def test_other_options_do_not_go_on_with_what_a_killed_run_left(tmp_path, rows, capsys):
-    model = wide(tmp_path / "m")
-    work = partial_folder(tmp_path / "q") / ".work"
-    work.mkdir(parents=True)
-    (work / "state.json").write_text(json.dumps({"key": "another", "block": 1, "errors": {}}))
-    (work.parent / "stray").write_text("x")
-    out = quantize(model, rows, tmp_path / "q")
-    assert not (out / "stray").exists()
-    assert not (out / ".work").exists()
-    assert "going on" not in capsys.readouterr().out
-
-
-def test_too_much_lost_leaves_nothing(tmp_path, rows):
-    model = wide(tmp_path / "m")
-    with pytest.raises(ModelError, match=r"more than --max_kl 1e-09"):
-        quantize(model, rows, tmp_path / "q", quant_bits=2, max_kl=1e-9)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "rows.jsonl"]
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"])
-def test_weights_that_are_not_finite_are_named(tmp_path, rows, name, value):
-    model = wide(tmp_path / "m")
-    tensors = load_file(model / "model.safetensors")
-    tensors[name].view(-1)[-1] = value
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=rf"{name} holds numbers that are not finite"):
-        quantize(model, rows, tmp_path / "q")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "rows.jsonl"]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"quant_method": "fp8"},
-        {"quant_method": "fp8", "quant_strategy": "tensor", "quant_activations": "static"},
-        {"quant_method": "fp8", "quant_strategy": "block"},
-        {"quant_method": "int8"},
-        {"quant_method": "int8", "quant_activations": "static"},
-        {"quant_method": "bnb", "quant_bits": 4},
-        {"quant_method": "bnb", "quant_bits": 8},
-        {"quant_method": "awq"},
-        {"quant_method": "awq", "quant_format": "compressed-tensors"},
-        {"quant_method": "gptq_v2", "quant_bits": 3},
-        {"quant_method": "gptq", "quant_format": "gptq", "quant_bits": 2, "sym": False},
-        {"quant_method": "gptq", "quant_bits": 4, "sym": False},
-        {"quant_method": "gptq", "quant_bits": 8, "desc_act": True},
-    ],
-    ids=lambda options: "-".join(map(str, options.values())),
-)
-def test_the_report_is_what_a_reader_of_the_file_finds(options, tmp_path, rows):
-    """Every method in its format: the divergence of the report beside that of the checkpoint as it is loaded, activations rounded too."""
-    model = wide(tmp_path / "m")
-    common = {"quant_bits": None, "group_size": 32 if options["quant_method"] in ("gptq", "gptq_v2", "awq") else None}
-    out = quantize(
-        model, rows, tmp_path / "q", **{name: value for name, value in (common | options).items() if value is not None}, bare=True
-    )
-    report = json.loads((out / REPORT_FILE).read_text())
-    pieces = held_out(model, rows)
-    models = [load_model(place, torch_dtype="float32", device="cpu", rounds_inputs=True).model for place in (model, out)]
-    with torch.inference_mode():
-        before, after = ([found(input_ids=torch.tensor([piece])).logits[0].float().log_softmax(-1) for piece in pieces] for found in models)
-    kl = sum(float((a.exp() * (a - b)).sum()) for a, b in zip(before, after, strict=True)) / sum(map(len, pieces))
-    rounds_more = options["quant_method"] == "bnb" and options["quant_bits"] == 8  # bitsandbytes rounds inputs as it sees fit
-    assert report["kl"] == pytest.approx(kl, rel=2e-2, abs=1e-6 if rounds_more else 2e-7)
-    assert report["kl"] < 0.1
-
-
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_experts_are_quantized_one_by_one_and_read_back(family, method, tmp_path, rows):
-    folder = tmp_path / "m"
-    size = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "vocab_size": 320, "head_dim": 16}
-    build(family, **size, bos_token_id=None, eos_token_id=2, pad_token_id=3, max_position_embeddings=512).save_pretrained(folder)
-    make_tokenizer(folder)
-    own = {"quant_method": method} | ({} if method == "fp8" else {"group_size": 32})
-    out = quantize(folder, rows, tmp_path / "q", bare=True, **own)
-    report = json.loads((out / REPORT_FILE).read_text())
-    kept = Checkpoint(sorted(out.glob("*.safetensors")))
-    expert = "block_sparse_moe.experts.3.w2" if family == "mixtral" else "mlp.experts.3.down_proj"
-    part = "weight_scale" if method == "fp8" else "qweight"
-    assert f"model.layers.1.{expert}.{part}" in kept
-    models = [load_model(place, torch_dtype="float32", device="cpu", rounds_inputs=True).model for place in (folder, out)]
-    pieces = held_out(folder, rows)
-    with torch.inference_mode():
-        before, after = ([found(input_ids=torch.tensor([piece])).logits[0].log_softmax(-1) for piece in pieces] for found in models)
-    kl = sum(float((a.exp() * (a - b)).sum()) for a, b in zip(before, after, strict=True)) / sum(map(len, pieces))
-    assert report["kl"] == pytest.approx(kl, rel=2e-2, abs=2e-7)
-
-
-def test_without_text_at_all_what_needs_none_is_quantized(tmp_path, rows):
-    out = quantize(wide(tmp_path / "m"), rows, tmp_path / "q", quant_method="fp8", quant_eval_samples=0, bare=True)
-    report = json.loads((out / REPORT_FILE).read_text())
-    assert report["kl"] is None
-    assert len(report["worst_layers"]) == 8
-
-
-def test_a_quantized_checkpoint_is_refused(tmp_path, rows):
-    out = quantize(wide(tmp_path / "m"), rows, tmp_path / "q")
-    with pytest.raises(ModelError, match="quantized already"):
-        quantize(out, rows, tmp_path / "again")
-
-
-def test_an_unknown_architecture_is_refused(tmp_path, rows):
-    model = wide(tmp_path / "m")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"model_type": "nobody_knows_it"}))
-    with pytest.raises(ModelError, match="nobody_knows_it"):
-        quantize(model, rows, tmp_path / "q")
-
-
-def test_a_model_without_linear_layers_is_refused(tmp_path, rows):
-    model = wide(tmp_path / "m")
-    build("gpt2").save_pretrained(tmp_path / "gpt2")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(model / name, tmp_path / "gpt2" / name)
-    with pytest.raises(ModelError, match="no linear layers"):
-        quantize(tmp_path / "gpt2", rows, tmp_path / "q")
-
-
-def test_a_missing_shard_is_named(tmp_path, rows):
-    model = wide(tmp_path / "m")
-    tensors = load_file(model / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 weights are missing, the first is model.layers.1.mlp.up_proj.weight"):
-        quantize(model, rows, tmp_path / "q")
-
-
-def test_a_full_disk_is_said_before_anything_is_computed(tmp_path, rows, monkeypatch):
-    model = wide(tmp_path / "m")
-    monkeypatch.setattr(os, "posix_fallocate", _full)
-    with pytest.raises(MachineError, match="No space left"):
-        quantize(model, rows, tmp_path / "q")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "rows.jsonl"]
-
-
-def _full(*args: object) -> None:
-    raise OSError(28, os.strerror(28))
-
-
-def test_tied_and_separate_heads_stay_as_they_are(tmp_path, rows):
-    for tied in (True, False):
-        model = wide(tmp_path / f"m{tied}", tie_word_embeddings=tied)
-        out = quantize(model, rows, tmp_path / f"q{tied}")
-        kept = load_file(out / "model.safetensors")
-        assert ("lm_head.weight" in kept) is not tied
-        original = load_file(model / "model.safetensors")
-        assert torch.equal(kept["model.embed_tokens.weight"], original["model.embed_tokens.weight"])
-
-
-def test_groups_are_made_to_fit(tmp_path, rows, capsys):
-    model = make_model(tmp_path / "m", hidden_size=96, intermediate_size=192)
-    out = quantize(model, rows, tmp_path / "q", group_size=128)
-    assert json.loads((out / "config.json").read_text())["quantization_config"]["group_size"] == 32
-    assert "groups of 32 inputs instead of 128: the layers have 96, 192 inputs" in capsys.readouterr().err
-
-
-def test_layers_that_are_skipped_stay_and_are_listed(tmp_path, rows):
-    model = wide(tmp_path / "m")
-    out = quantize(model, rows, tmp_path / "q", quant_skip=["layers.0.mlp"])
-    kept = load_file(out / "model.safetensors")
-    original = load_file(model / "model.safetensors")
-    name = "model.layers.0.mlp.down_proj.weight"
-    assert torch.equal(kept[name], original[name])
-    with pytest.raises(ConfigError, match="is in the name of no layer"):
-        quantize(model, rows, tmp_path / "other", quant_skip=["nothing_like_it"])
-
-
-def test_too_little_text_is_said(tmp_path, rows):
-    rows.write_text(json.dumps(ROWS[0]) + "\n", encoding="utf-8")
-    with pytest.raises(Exception, match="too little text"):
-        quantize(wide(tmp_path / "m"), rows, tmp_path / "q")
-
-
-def test_16_bits_for_what_is_not_quantized(tmp_path, rows):
-    model = wide(tmp_path / "m")
-    out = quantize(model, rows, tmp_path / "q", torch_dtype="bfloat16")
-    kept = load_file(out / "model.safetensors")
-    assert kept["model.embed_tokens.weight"].dtype == torch.bfloat16
-    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
-
-
-def test_several_files_with_an_index(tmp_path, rows):
-    out = quantize(wide(tmp_path / "m"), rows, tmp_path / "q", max_shard_size="60KB")
-    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
-    whole = quantize(tmp_path / "m", rows, tmp_path / "one")
-    tensors = load_file(whole / "model.safetensors")
-    assert set(index) == set(tensors)
-    for name, file in index.items():
-        assert torch.equal(load_file(out / file)[name], tensors[name])
-    assert all(path.stat().st_size < 100_000 for path in out.glob("*.safetensors"))
 
 
 def test_numbers_of_any_size_are_kept_in_float16(tmp_path):

@@ -112,7 +112,7 @@ def _proof(path: Path) -> Proof:
 def _prepare(path: Path) -> tuple[Plan, Vocabulary]:
     config = own_fields(_config(path))
     proof = _proof(path)
-    planned = plan(config, proof.layout, Checkpoint.open(sorted(path.glob("*.safetensors"))), window=proof.window)
+    planned = plan(config, proof.layout, Checkpoint.open(ModelFolder(path, path.name).weight_files), window=proof.window)
     tokenizer = load_tokenizer(path)
     rows = next(target.shape[0] for target in planned.targets if target.name == "token_embd.weight")
     return planned, vocabulary(tokenizer, rows, _ends(path, tokenizer))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from swift.errors import ModelError, first_line
 from swift.export.gguf import child
-from swift.export.gguf.layout import Layout, candidates, own_fields
+from swift.export.gguf.layout import Layout, architecture, candidates, own_fields
 from swift.export.gguf.settings import window_of
 from swift.export.gguf.write import Checkpoint, plan, write_gguf
 from swift.files import explain_os_errors
@@ -43,6 +43,9 @@ class Proof:
 def prove(config: Any) -> Proof:
     """The way to write models with this configuration. ModelError if there is none that a reader understands."""
     reader = "llama.cpp" if child.is_installed() else "transformers"
+    arch = architecture(config)
+    if getattr(config, "num_attention_heads", None) is None:
+        raise ModelError(f"models of type {config.model_type} ({arch}) have no attention, and are not written as GGUF")
     small = shrink(own_fields(config))
     model = _random_model(small)
     reasons = []

@@ -10,7 +10,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from swift import console
 from swift.errors import ModelError
 from swift.hub.gguf_splits import pre_tokenizer, splits
 
@@ -210,8 +209,3 @@ def _difference(tokenizer: Any, found: list[int], what: str) -> str | None:
     place = next((place for place, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), min(len(found), len(wanted)))
     shown = tokenizer.decode(wanted[max(place - 2, 0) : place + 3])
     return f"read as {what}, the tokenizer gives other tokens in unusual text, the first near {shown!r}"
-
-
-def warn(found: Vocabulary) -> None:
-    if found.warning:
-        console.warn(found.warning)

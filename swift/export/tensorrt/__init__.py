@@ -10,7 +10,7 @@ import torch
 
 from swift import console, deps
 from swift.config.export import ExportConfig
-from swift.errors import ModelError
+from swift.errors import ConfigError, ModelError
 from swift.export import onnx, onnx_trace, onnx_weights
 from swift.export.tensorrt import build_engine, operators, profiles
 from swift.files import write_json, write_text
@@ -24,11 +24,11 @@ TRTEXEC = "trtexec.sh"
 
 
 def check(model: ModelFolder, config: ExportConfig) -> None:
-    """DependencyError if ONNX cannot be written, or if TensorRT for RTX is asked for and not installed."""
+    """DependencyError if ONNX cannot be written, or TensorRT for RTX is asked for and not installed; ConfigError for a GPU it lacks."""
     for name in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):
         deps.require(name, extra="onnx")
     if config.tensorrt_library == "rtx":
-        _library("rtx")
+        capabilities(config, _library("rtx"))
 
 
 def run(model: ModelFolder, config: ExportConfig, folder: Path) -> Artifact:
@@ -115,7 +115,7 @@ def capabilities(config: ExportConfig, library: Any) -> list[str]:
     known = [f"{name[2:-1]}.{name[-1]}" for name in library.ComputeCapability.__members__ if name.startswith("SM")]
     for name in config.tensorrt_compute_capability:
         if name not in known:
-            raise ModelError(f"--tensorrt_compute_capability {name} is not known to TensorRT for RTX", hint=f"it knows {', '.join(known)}")
+            raise ConfigError(f"--tensorrt_compute_capability {name} is not known to TensorRT for RTX", hint=f"it knows {', '.join(known)}")
     if config.tensorrt_compute_capability or torch.cuda.is_available():
         return config.tensorrt_compute_capability
     return known

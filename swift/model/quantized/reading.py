@@ -127,11 +127,14 @@ class _Reader(HfQuantizer):
 
     def _layer(self, name: str, held: _Held) -> QuantizedLinear:
         def tensor(wanted: str) -> Tensor:
-            return held.get_parameter(wanted.removeprefix(f"{name}.")).detach()
+            part = held._parameters.get(wanted.removeprefix(f"{name}."))
+            if part is None:
+                raise KeyError(wanted)
+            return part.detach()
 
         try:
             weight = self.format.read(name, tensor, self.settings)
-        except (AttributeError, KeyError) as problem:
+        except KeyError as problem:
             raise ModelError(f"{name}: a part of its quantized weight is missing: {problem}", hint="fetch the model again") from problem
         assert not isinstance(weight, BnbWeight)
         if tuple(weight.codes.shape) != held.shape:

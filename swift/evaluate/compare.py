@@ -1,0 +1,239 @@
+"""Two models on the same examples: the difference, its interval, and whether chance alone explains it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from swift.errors import DataError
+from swift.evaluate.base import About, ModelResult, Outcome, TaskResult
+from swift.evaluate.statistics import (
+    RATIOS,
+    Clusters,
+    Floats,
+    Z,
+    clusters_of,
+    finite,
+    is_binary,
+    ratio_of,
+    t_p_value,
+    t_quantile,
+    variance_of_sum,
+)
+
+LOWER_IS_BETTER = frozenset([*RATIOS, "wer", "cer", "edit_distance"])
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Items of a metric that is 0 or 1, by which of the two models is right."""
+
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``difference`` is that of ``metric``, second less first, over the ``count`` items that both answered.
+
+    ``p_adjusted`` is Holm's for all tasks on which these two models are compared. ``alone_first`` and ``alone_second`` count the
+    items that only this one has. p values and the ends of the interval are None where nothing can be said (a single item).
+    """
+
+    task: str
+    mode: str
+    metric: str
+    first: str
+    second: str
+    count: int
+    alone_first: int
+    alone_second: int
+    value_first: float
+    value_second: float
+    difference: float
+    low: float | None
+    high: float | None
+    p_value: float | None
+    p_adjusted: float | None
+    method: str
+    """"McNemar" (exact, 0 or 1 an item), "paired t" or "paired ratio"."""
+    counts: Counts | None
+
+
+@dataclass(frozen=True)
+class Uncompared:
+    """Two models that were not compared on a task, and why."""
+
+    task: str
+    mode: str
+    first: str
+    second: str
+    reason: str
+
+
+def compare_all(models: Sequence[ModelResult], baselines: Sequence[ModelResult] = ()) -> tuple[list[Comparison], list[Uncompared]]:
+    """Each model with the first, then each with each baseline, on all tasks of either, in the order of the models and tasks."""
+    pairs = [(models[0], other) for other in models[1:]] + [(baseline, model) for baseline in baselines for model in models]
+    compared: list[Comparison] = []
+    refused: list[Uncompared] = []
+    for first, second in pairs:
+        found: list[Comparison] = []
+        theirs = {(task.about.name, task.about.mode): task for task in first.tasks}
+        ours = {(task.about.name, task.about.mode): task for task in second.tasks}
+        for key in [*ours, *(key for key in theirs if key not in ours)]:
+            reason = _obstacle(theirs.get(key), ours.get(key), (first.name, second.name))
+            if reason:
+                refused.append(Uncompared(*key, first.name, second.name, reason))
+            else:
+                found.append(compare(theirs[key], ours[key], names=(first.name, second.name)))
+        adjusted = holm([item.p_value for item in found])
+        compared += [replace(item, p_adjusted=value) for item, value in zip(found, adjusted, strict=True)]
+    return compared, refused
+
+
+def compare(first: TaskResult, second: TaskResult, *, names: tuple[str, str]) -> Comparison:
+    """The metric of the task on the items that both answered. DataError if the two were not asked the same."""
+    metric = first.about.metric
+    reason = _obstacle(first, second, names)
+    if reason:
+        raise DataError(
+            f"{first.about.name}: {names[0]} and {names[1]} cannot be compared: {reason}", hint="evaluate both with equal settings"
+        )
+    left, right = _by_id(first, metric), _by_id(second, metric)
+    common = [name for name in left if name in right]
+    a, b = [left[name] for name in common], [right[name] for name in common]
+    found = _compare_ratios(a, b, metric) if ratio_of(metric, a[0].metrics) else _compare_means(a, b, metric)
+    return replace(
+        found,
+        task=first.about.name,
+        mode=first.about.mode,
+        first=names[0],
+        second=names[1],
+        alone_first=len(left) - len(common),
+        alone_second=len(right) - len(common),
+    )
+
+
+def what_differs(first: About, second: About) -> str:
+    """In what two tasks ask other questions, or "" if their answers can be compared item by item."""
+    if (first.digest, first.mode, first.metric) == (second.digest, second.mode, second.metric):
+        return ""
+    fields = ("name", "mode", "metric", "num_fewshot", "uses_chat_template", "source")
+    told = [f"{field} {ours} and {theirs}" for field in fields if (ours := getattr(first, field)) != (theirs := getattr(second, field))]
+    return "; ".join(told or [f"other data or settings, digests {first.digest[:12]} and {second.digest[:12]}"])
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p value: of the items on which the two differ, each is right on one half (McNemar 1947; a binomial test)."""
+    discordant = only_first + only_second
+    tail, term = 0, 1
+    for right in range(min(only_first, only_second) + 1):
+        tail += term
+        term = term * (discordant - right) // (right + 1)
+    return min(1.0, 2 * tail / (1 << discordant))
+
+
+def difference_interval(only_first: int, only_second: int, count: int) -> tuple[float, float]:
+    """95 % interval of the difference of two paired shares, second less first: Wald's, half a pair added to each side.
+
+    Bonett and Price 2012 (J. Educational and Behavioral Statistics 37:479): it also holds for few differing pairs, or none.
+    """
+    size = count + 2
+    a, b = (only_first + 1) / size, (only_second + 1) / size
+    half = Z * math.sqrt((a + b - (b - a) ** 2) / size)
+    return max(-1.0, b - a - half), min(1.0, b - a + half)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """p values adjusted for their number (Holm 1979, Scandinavian Journal of Statistics 6:65); None stays, and does not count."""
+    order = sorted((value, index) for index, value in enumerate(p_values) if value is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (value, index) in enumerate(order):
+        largest = max(largest, min(1.0, value * (len(order) - rank)))
+        adjusted[index] = largest
+    return adjusted
+
+
+def _obstacle(first: TaskResult | None, second: TaskResult | None, names: tuple[str, str]) -> str:
+    """Why two results cannot be compared, or ""."""
+    if first is None or second is None:
+        return f"there is no result of {names[0] if first is None else names[1]}"
+    if told := what_differs(first.about, second.about):
+        return f"they were not asked the same questions ({told})"
+    metric = first.about.metric
+    return "" if _by_id(first, metric).keys() & _by_id(second, metric).keys() else "they have no example in common"
+
+
+def _by_id(result: TaskResult, metric: str) -> dict[str, Outcome]:
+    return {outcome.id: outcome for outcome in finite(result.outcomes, metric)}
+
+
+def _compare_means(a: Sequence[Outcome], b: Sequence[Outcome], metric: str) -> Comparison:
+    first = np.array([outcome.metrics[metric] for outcome in a])
+    second = np.array([outcome.metrics[metric] for outcome in b])
+    clusters = clusters_of(a)
+    difference = float((second - first).mean())
+    variance = variance_of_sum(second - first - difference, clusters) / len(a) ** 2
+    plain = _paired(metric, len(a), float(first.mean()), float(second.mean()), variance, _groups(a, clusters), "paired t")
+    if not (is_binary(first) and is_binary(second)):
+        return plain
+    counts = _counts(first, second)
+    if clusters is not None:  # McNemar's test takes items as independent
+        return replace(plain, counts=counts)
+    low, high = difference_interval(counts.only_first, counts.only_second, len(a))
+    p_value = mcnemar(counts.only_first, counts.only_second)
+    return replace(plain, low=low, high=high, p_value=p_value, method="McNemar", counts=counts)
+
+
+def _compare_ratios(a: Sequence[Outcome], b: Sequence[Outcome], metric: str) -> Comparison:
+    """The delta method for the difference of two ratios over the same documents, whose lengths may differ by tokenizer."""
+    rule = ratio_of(metric, a[0].metrics)
+    assert rule is not None
+    values, parts = [], []
+    for outcomes in (a, b):
+        above = np.array([outcome.metrics[rule.above] for outcome in outcomes])
+        below = np.array([outcome.metrics[rule.below] for outcome in outcomes])
+        value = float(above.sum() / below.sum())
+        values.append(rule.transform(value))
+        parts.append(rule.slope(value) * (above - value * below) / below.sum())
+    clusters = clusters_of(a)
+    variance = variance_of_sum(parts[1] - parts[0], clusters)
+    return _paired(metric, len(a), values[0], values[1], variance, _groups(a, clusters), "paired ratio")
+
+
+def _groups(outcomes: Sequence[Outcome], clusters: Clusters) -> int:
+    return len(outcomes) if clusters is None else len(set(clusters))
+
+
+def _counts(first: Floats, second: Floats) -> Counts:
+    both = int((first * second).sum())
+    only_first, only_second = int(first.sum()) - both, int(second.sum()) - both
+    return Counts(both, only_first, only_second, len(first) - both - only_first - only_second)
+
+
+def _paired(metric: str, count: int, first: float, second: float, variance: float, groups: int, method: str) -> Comparison:
+    difference = second - first
+    half = t_quantile(groups - 1) * math.sqrt(variance) if groups > 1 else None
+    return Comparison(
+        task="",
+        mode="",
+        metric=metric,
+        first="",
+        second="",
+        count=count,
+        alone_first=0,
+        alone_second=0,
+        value_first=first,
+        value_second=second,
+        difference=difference,
+        low=None if half is None else difference - half,
+        high=None if half is None else difference + half,
+        p_value=t_p_value(difference, variance, groups),
+        p_adjusted=None,
+        method=method,
+        counts=None,
+    )

@@ -1,0 +1,73 @@
+"""Equality of answers, and the words that they share.
+
+Normalisation and F1 are those of SQuAD (Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1): lower case, no punctuation, no
+articles, single spaces. In Chinese, which has no spaces, each character is a word (as in CMRC 2018, arXiv:1810.07366).
+"""
+
+import re
+import string
+import unicodedata
+from collections import Counter
+
+from swift.evaluate.extract.number import value_of
+from swift.evaluate.judging import Judged, Metric, Setting, Verdict
+
+HAN = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+
+
+def make_acc(setting: Setting) -> Metric:
+    """``acc``: what was found is a right answer, letter for letter, but for case and white space."""
+    setting.take()
+
+    def judge(judged: Judged) -> Verdict:
+        found = " ".join((judged.found.value or "").split()).casefold()
+        return Verdict({"acc": float(any(found == " ".join(gold.split()).casefold() for gold in judged.golds))})
+
+    return Metric(("acc",), judge)
+
+
+def make_exact_match(setting: Setting) -> Metric:
+    """``exact_match``: equal after normalisation, or as numbers."""
+    setting.take()
+
+    def judge(judged: Judged) -> Verdict:
+        return Verdict({"exact_match": float(judged.found.value is not None and any(equal(judged.found.value, g) for g in judged.golds))})
+
+    return Metric(("exact_match",), judge)
+
+
+def make_f1(setting: Setting) -> Metric:
+    """``f1`` of words with the right answer that it fits best."""
+    setting.take()
+
+    def judge(judged: Judged) -> Verdict:
+        return Verdict({"f1": max((word_f1(judged.found.value or "", gold) for gold in judged.golds), default=0.0)})
+
+    return Metric(("f1",), judge)
+
+
+def normalised(text: str) -> str:
+    """See the top of this file. Punctuation of all scripts goes, since full-width signs are punctuation too."""
+    bare = "".join(char for char in text.lower() if char not in string.punctuation and not unicodedata.category(char).startswith("P"))
+    return " ".join(_ARTICLES.sub(" ", bare).split())
+
+
+def words(text: str) -> list[str]:
+    """Words of a normalised text; each Chinese or Japanese character is one."""
+    return re.findall(rf"[{HAN}]|[^\s{HAN}]+", normalised(text))
+
+
+def word_f1(found: str, gold: str) -> float:
+    """2 P R / (P + R) of the words as bags; two texts without words are equal."""
+    ours, theirs = words(found), words(gold)
+    if not ours or not theirs:
+        return float(ours == theirs)
+    common = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * common / (len(ours) + len(theirs))
+
+
+def equal(found: str, gold: str) -> bool:
+    """Equal numbers, or equal after normalisation, which would make 25 of 2.5."""
+    left, right = value_of(found), value_of(gold)
+    return left == right if left is not None and right is not None else normalised(found) == normalised(gold)
