@@ -11,10 +11,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the swift that this file lies beside
 
-from swift.config.commands import InferConfig  # noqa: E402
-from swift.config.options import build  # noqa: E402
-from swift.engine.load import make_engine, source_of  # noqa: E402
-from swift.engine.scoring import Scorer, Text  # noqa: E402
+from swift.config.commands import InferConfig
+from swift.config.options import build
+from swift.engine.load import make_engine, source_of
+from swift.engine.scoring import Scorer, Text
 
 
 def texts_of(tokenizer: Any, prompt: str, answers: list[str]) -> list[Text]:
