@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the swift that this file lies beside
+
 from swift.config.commands import InferConfig
 from swift.config.options import build
 from swift.engine.load import make_engine, source_of

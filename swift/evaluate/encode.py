@@ -36,27 +36,31 @@ class Encoder:
     def ids(self, text: str, *, special: bool = True) -> list[int]:
         return self.many([text], special=special)[0]
 
-    def pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Text]:
-        """(context, continuation) -> their tokens, of which those of the continuation are scored.
+    def pairs(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[Text], int]:
+        """(context, continuation) -> their tokens, of which those of the continuation are scored, and how many are joined at the seam.
 
-        Both are tokenized together, since a tokenizer may join what stands on either side of the seam; spaces at the end of
-        the context count as the beginning of the continuation. After an empty context stands ``first``.
-        DataError if nothing is left to score.
+        Both are tokenized together; spaces at the end of the context count as the beginning of the continuation. Scored are the
+        tokens of both together beyond as many as the context alone has, after the tokens of the context alone. Where the tokenizer
+        joins what stands on either side of the seam, the continuation loses its beginning by that, as it does in lm-eval; if it
+        loses all (lm-eval stops there), its own tokens are scored. After an empty context stands ``first``.
+        DataError for a continuation without text.
         """
         moved = [_with_spaces_moved(*pair) for pair in pairs]
         contexts = list(dict.fromkeys(context for context, _ in moved if context))
-        starts = dict(zip(contexts, map(len, self.many(contexts)), strict=True)) if contexts else {}
+        heads = dict(zip(contexts, self.many(contexts), strict=True)) if contexts else {}
         wholes = iter(self.many([context + continuation for context, continuation in moved if context]))
-        texts = []
+        texts, num_joined = [], 0
         for context, continuation in moved:
             if context:
-                tokens, start = next(wholes), starts[context]
+                head, whole = heads[context], next(wholes)
+                num_joined += whole[: len(head)] != head
+                tokens, start = [*head, *(whole[len(head) :] or self.ids(continuation, special=False))], len(head)
             else:
                 tokens, start = self._alone(continuation), 1
             if not 1 <= start < len(tokens):
-                raise DataError(f"{continuation[:40]!r} has no token of its own after the question", hint="a choice needs a text")
+                raise DataError(f"{continuation!r} has no token after the question", hint="a choice needs a text")
             texts.append(Text(tuple(tokens), start))
-        return texts
+        return texts, num_joined
 
     def _alone(self, continuation: str) -> list[int]:
         tokens = self.ids(continuation, special=False)

@@ -17,11 +17,12 @@ from swift.evaluate import EVALUATORS, report
 from swift.evaluate.base import Asked, Example, ModelResult, Outcome, Task, TaskResult
 from swift.evaluate.contamination import Contamination, find_contamination
 from swift.evaluate.declared import make_task
-from swift.evaluate.results import TaskFile, file_of, result_of
+from swift.evaluate.results import ITEMS, TaskFile, file_of, result_of
 from swift.evaluate.spec import find_task, task_table
 from swift.evaluate.subject import Subject, subjects
 
-MOST_TOKENS = 2**20  # of texts that are given to a scorer at once: beginnings are shared among these
+MOST_BYTES = 2**24  # of texts that are given to a scorer at once, and of images: beginnings are shared among these
+TOKEN_BYTES = 8  # of a number in a tuple
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def _finish(
 ) -> Evaluation:
     place = report.write(folder, models, baselines=baselines, contamination=contaminated, config=config)
     report.show(models, baselines, contaminated)
-    console.say(f"report: {place / 'report.html'}; every prompt and answer: {folder / 'items'}")
+    kept = folder / (ITEMS if config.eval_backend == "native" else config.eval_backend)
+    console.say(f"report: {place / 'report.html'}; every prompt and answer: {kept}")
     return Evaluation(place, models)
 
 
@@ -134,12 +136,20 @@ def _parts(task: Task, examples: Sequence[Example]) -> Iterator[list[tuple[Examp
     for example in examples:
         asked = task.requests(example)
         part.append((example, asked))
-        used += sum(len(text.tokens) for text in asked.texts) + (len(asked.request.prompt) if asked.request else 0)
-        if used > MOST_TOKENS:
+        used += _size(asked)
+        if used > MOST_BYTES:
             yield part
             part, used = [], 0
     if part:
         yield part
+
+
+def _size(asked: Asked) -> int:
+    """Bytes that are held until it is answered."""
+    size = TOKEN_BYTES * sum(len(text.tokens) for text in asked.texts)
+    if asked.request is not None:
+        size += TOKEN_BYTES * len(asked.request.prompt) + (asked.request.media.size_bytes if asked.request.media is not None else 0)
+    return size
 
 
 def _scored(task: Task, part: Sequence[tuple[Example, Asked]], engine: Any) -> Iterator[Outcome]:

@@ -111,7 +111,9 @@ class Choices:
                 shown[question], more = self.declared.laid_out(prompt.with_question(question))
                 notes.update(more)
             pairs = [(shown[question], delimiter + ending) for question, ending in zip(questions, endings, strict=True)]
-            return self.encoder.pairs(pairs + [("", delimiter + choice) for choice in choices if self.asks_alone])
+            texts, num_joined = self.encoder.pairs(pairs + [("", delimiter + choice) for choice in choices if self.asks_alone])
+            notes.update({"joined_to_question": num_joined} if num_joined else {})
+            return texts
 
         found = fitted(self.declared.prompt(mode, example, questions[0]), self.max_model_len, encode)
         return Asked("\n".join(shown.values()), found.texts, notes=notes | found.notes)
@@ -156,9 +158,10 @@ class Documents:
         if not context:
             windows = self.encoder.document(text, self.max_model_len)
             return Asked(text, tuple(windows), notes={"windows": len(windows)} if len(windows) > 1 else {})
-        whole = self.encoder.pairs([(context, text)])[0]
+        (whole,), num_joined = self.encoder.pairs([(context, text)])
         kept = cut(whole, self.max_model_len)
         notes = {"truncated": len(whole.tokens) - len(kept.tokens)} if kept is not whole else {}
+        notes |= {"joined_to_question": num_joined} if num_joined else {}
         return Asked(context + text, (kept,), notes=notes)
 
     def score(self, example: Example, asked: Asked, answer: Sequence[Score] | Completion) -> Outcome:

@@ -28,30 +28,39 @@ def make_tokenizer(*, adds_first: bool = False) -> Any:
 
 def test_spaces_at_the_end_of_the_context_move_to_the_continuation() -> None:
     # "x " + "a" is read as "x" and " a": one token that the space is part of.
-    assert Encoder(make_tokenizer()).pairs([("x ", "a")]) == [Text((X, SPACE_A), 1)]
+    assert Encoder(make_tokenizer()).pairs([("x ", "a")]) == ([Text((X, SPACE_A), 1)], 0)
 
 
 def test_context_and_continuation_are_tokenized_together() -> None:
-    # "xx" + "ab" = x x ab; apart they would be the same. "x" + "ab" after "xa" + "bb" = x ab b: of three tokens the first two are
-    # as many as "xa" alone has (x a), so that the third is scored.
-    assert Encoder(make_tokenizer()).pairs([("xx", "ab"), ("xa", "bb")]) == [Text((X, X, AB), 2), Text((X, AB, B), 2)]
+    # "x" + " ab" = x, then space ab, not " a" b.
+    assert Encoder(make_tokenizer()).pairs([("x", " ab"), ("xx", "ab")]) == ([Text((X, SPACE, AB), 1), Text((X, X, AB), 2)], 0)
 
 
-def test_a_continuation_that_the_context_swallows_is_refused() -> None:
+def test_a_continuation_loses_what_the_tokenizer_joins_to_the_context_as_in_lm_eval() -> None:
+    # "xa" + "bb" = x ab b: beyond the two tokens of "xa" (x a) there is one b. lm-eval 0.4.13 computes x a b, and scores the last.
+    assert Encoder(make_tokenizer()).pairs([("xa", "bb"), ("xa", "x")]) == ([Text((X, A, B), 2), Text((X, A, X), 2)], 1)
+
+
+def test_a_continuation_that_would_lose_all_keeps_its_tokens() -> None:
     # "xa" + "b" = x ab: two tokens, as many as the context alone.
-    with pytest.raises(DataError, match="'b' has no token of its own"):
-        Encoder(make_tokenizer()).pairs([("xa", "b")])
+    assert Encoder(make_tokenizer()).pairs([("xa", "b")]) == ([Text((X, A, B), 2)], 1)
+
+
+@pytest.mark.parametrize("context", ["xa", ""])
+def test_a_continuation_without_text_is_refused(context: str) -> None:
+    with pytest.raises(DataError, match="'' has no token after the question"):
+        Encoder(make_tokenizer()).pairs([(context, "")])
 
 
 def test_after_nothing_stands_the_first_token() -> None:
-    assert Encoder(make_tokenizer()).pairs([("", " ab"), ("", "<s>x")]) == [Text((BOS, SPACE, AB), 1), Text((BOS, X), 1)]
+    assert Encoder(make_tokenizer()).pairs([("", " ab"), ("", "<s>x")]) == ([Text((BOS, SPACE, AB), 1), Text((BOS, X), 1)], 0)
 
 
 def test_special_tokens_are_added_once() -> None:
     encoder = Encoder(make_tokenizer(adds_first=True))
-    assert encoder.pairs([("x", "b")]) == [Text((BOS, X, B), 2)]
-    assert encoder.pairs([("<s>x", "b")]) == [Text((BOS, X, B), 2)]
-    assert encoder.pairs([("", "b")]) == [Text((BOS, B), 1)]
+    assert encoder.pairs([("x", "b")]) == ([Text((BOS, X, B), 2)], 0)
+    assert encoder.pairs([("<s>x", "b")]) == ([Text((BOS, X, B), 2)], 0)
+    assert encoder.pairs([("", "b")]) == ([Text((BOS, B), 1)], 0)
 
 
 def test_windows_score_each_token_once_and_the_last_reaches_back() -> None:
@@ -76,7 +85,7 @@ def test_solved_examples_are_left_out_from_the_first_on_and_then_the_beginning_i
     prompt = Prompt("xx", shots=(Shot("xb", "x"), Shot("bb", "x")), delimiter="", separator="\n")
 
     def encode(prompt: Prompt) -> list[Text]:
-        return encoder.pairs([(prompt.plain(), "b")])
+        return encoder.pairs([(prompt.plain(), "b")])[0]
 
     # Whole: x b x NL b b x NL x x b, of which 10 are computed.
     assert fitted(prompt, 10, encode).notes == {}

@@ -82,12 +82,13 @@ def test_our_own_server_answers_messages_and_texts(start, tiny_model):
     """As the model answers the rendered prompt itself: greedy, in both forms."""
     from swift.api import infer
 
-    server = start(tiny_model).wait()
+    server = start(tiny_model, "--weight_format", "torch")
+    server.until(lambda: server.get("/ready")[0] == 200, timeout_s=240)
     made = remote_engine(config(server.url + "/v1", eval_num_proc=3))
     rendered = "<|im_start|>user\nIs it snowing?<|im_end|>\n<|im_start|>assistant\n"
     requests = [chat(number, temperature=0.0) for number in range(4)]
     found = run(made, *requests, Written(id="text", text=rendered, sampling=GREEDY))
-    (wanted,) = infer(model=str(tiny_model), prompts=["Is it snowing?"], max_new_tokens=6, temperature=0)
+    (wanted,) = infer(model=str(tiny_model), prompts=["Is it snowing?"], max_new_tokens=6, temperature=0, weight_format="torch")
     assert [answer.text for answer in found] == [wanted] * 5
     assert all(len(answer.token_ids) == 6 for answer in found)
 

@@ -19,6 +19,7 @@ from swift.engine.native.codes import (
     pack_codes,
 )
 from swift.engine.native.compiled import kernels
+from swift.engine.native.mapped import MappedWeights
 from swift.model.norms import rms_norm_of
 from swift.model.quantized.base import GroupedWeight, ScaledWeight
 from swift.model.quantized.linear import QuantizedLinear
@@ -102,6 +103,8 @@ def pack_model(model: Any, format: Format | Literal["auto"]) -> Packed:
     """
     kernels()
     pack_quantized(model, format)
+    files = MappedWeights()
+    files.let_go()
     head = model.get_output_embeddings()
     formats: dict[Format, int] = {}
     before = after = 0
@@ -111,6 +114,8 @@ def pack_model(model: Any, format: Format | Literal["auto"]) -> Packed:
             wanted: Any = "int8" if format == "int4" and module is head else format
             linear = PackedLinear(weight, getattr(module, "bias", None), _suitable(weight, wanted))
             setattr(parent, name, linear)
+            if weight.is_contiguous():
+                files.let_go(weight)
         if linear is not None:
             formats[linear.format] = formats.get(linear.format, 0) + 1
             before += linear.bytes_before
@@ -205,9 +210,14 @@ def _suitable(weight: Tensor, format: Format | Literal["auto"]) -> Format:
         format = "auto"
     if format != "auto":
         return format
-    if torch.equal(weight.bfloat16().to(weight.dtype), weight):
+    if _is_exact(weight, torch.bfloat16):
         return "bfloat16"
-    return "float16" if torch.equal(weight.half().to(weight.dtype), weight) else "float32"
+    return "float16" if _is_exact(weight, torch.float16) else "float32"
+
+
+def _is_exact(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``dtype`` holds ``weight`` as it is; a part at a time, of which the first tells it most often."""
+    return all(torch.equal(part.to(dtype).to(weight.dtype), part) for part in weight.split(max(1, 2**18 // weight.shape[1])))
 
 
 def _weight(module: nn.Module) -> Tensor | None:
