@@ -51,10 +51,10 @@ def facts_told(model: ModelResult) -> float:
 
 
 def interval(found: Estimate | None) -> str:
-    """A share with its interval, which as Student's may reach beyond 0 and 1."""
+    """A share with its interval."""
     if found is None or found.low is None or found.high is None:
         return "-"
-    return f"{found.value:.0%} ({max(found.low, 0):.0%} to {min(found.high, 1):.0%})"
+    return f"{found.value:.0%} ({found.low:.0%} to {found.high:.0%})"
 
 
 def show_notices(models: list[ModelResult]) -> None:
