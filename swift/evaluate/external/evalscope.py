@@ -1,4 +1,7 @@
-"""EvalScope, which asks a server: its own data sets, prompts, extraction of answers and metrics."""
+"""EvalScope, which asks a server: its own data sets, prompts, extraction of answers and metrics.
+
+It lives in an environment of its own, since it needs an older huggingface_hub than swift does.
+"""
 
 import json
 from collections import Counter
@@ -42,6 +45,7 @@ OURS = {
     "work_dir": "--eval_output_dir",
     "no_timestamp": "--eval_output_dir",
     "use_cache": "--eval_output_dir",
+    "rerun_review": "--eval_output_dir",
     "seed": "--seed",
     "eval_backend": "--eval_backend",
 }
@@ -49,7 +53,7 @@ OURS = {
 
 def check(config: EvalConfig) -> None:
     """See Evaluator. EvalScope's own schema judges the options, and its registry the names of tasks."""
-    require("evalscope", config, extra="evalscope")
+    require("evalscope", config)
     if config.eval_mode not in (None, "generate"):
         raise ConfigError(f"--eval_mode {config.eval_mode} is not EvalScope's: it asks a server for written answers", hint="remove it")
     if config.use_chat_template is False:
@@ -113,7 +117,9 @@ def place(own: Path, served: Served) -> dict[str, Any]:
     made: dict[str, Any] = {"model": served.model, "model_id": served.model, "api_url": served.url, "api_key": served.key or "EMPTY"}
     made |= {"work_dir": str(own), "no_timestamp": True}
     if (own / "configs" / "task_config.yaml").is_file():
-        made["use_cache"] = str(own)
+        # Its identity of a run holds the address of the server, whose port is a new one each time: what was answered is
+        # used, and judged again. The folder's name says that model and options are the same.
+        made |= {"use_cache": str(own), "rerun_review": True}
     return made
 
 

@@ -21,8 +21,9 @@ from swift.files import explain_os_errors
 
 PROGRAM = Path(__file__).with_name("program.py")
 PROGRAMS = Path(__file__).with_name("programs")
-MODULES = ("evalscope", "lm_eval", "opencompass", "vlmeval")
-APART = ("opencompass",)  # asks for releases of numpy and others that do not go with ours
+# What the packages are called on PyPI that do not go into one environment with swift (see pyproject.toml), by their modules.
+# pip puts a pyarrow beside OpenCompass 0.5.4 that does not import with the numpy that it asks for.
+APART = {"evalscope": "evalscope", "opencompass": "opencompass 'pyarrow<21'", "vlmeval": "ms-vlmeval"}
 GRACE_S = 10.0  # a process that was told to end is killed after so long
 POLL_S = 0.1
 
@@ -111,15 +112,17 @@ def python_of(config: EvalConfig) -> str:
 def require(module: str, config: EvalConfig, *, extra: str | None = None) -> None:
     """DependencyError if our interpreter is to run ``module`` and has none, which ``extra`` brings. Nothing is imported."""
     if python_of(config) == sys.executable and importlib.util.find_spec(module) is None:
-        raise _missing(module, extra or module)
+        raise _missing(module, module, extra)
 
 
-def _missing(module: str, package: str) -> DependencyError:
-    if module.split(".")[0] not in MODULES:
-        return DependencyError(f"{package} needs the package {module} for this", hint=f"pip install {module}, where {package} is")
-    apart = 'into an environment of its own, which --extra_eval_args \'{"python": "ENVIRONMENT/bin/python"}\' names'
-    hint = f"pip install {package} {apart}" if package in APART else f"pip install 'swift-llm[{package}]', or {apart}"
-    return DependencyError(f"the package {module} is not installed", hint=hint)
+def _missing(module: str, package: str, extra: str | None = None) -> DependencyError:
+    name = module.split(".")[0]
+    if name in APART:
+        hint = f'python -m venv DIR; DIR/bin/pip install {APART[name]}; then --extra_eval_args \'{{"python": "DIR/bin/python"}}\''
+        return DependencyError(f"the package {name} is not installed", hint=hint)
+    if extra or name == "lm_eval":
+        return DependencyError(f"the package {name} is not installed", hint=f"pip install 'swift-llm[{extra or name}]'")
+    return DependencyError(f"{package} needs the package {name} for this", hint=f"pip install {name}, where {package} is")
 
 
 def work(

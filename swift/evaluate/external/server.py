@@ -114,11 +114,8 @@ def _is_ready(url: str) -> bool:
 def at_url(config: EvalConfig) -> Served:
     """The server at --eval_url, which must answer and know the model by name; the only one if none is named."""
     assert config.eval_url is not None
-    url, key = config.eval_url.rstrip("/"), read_key(config.eval_api_key)
-    try:
-        known = Endpoint(url, key, 30.0).models()
-    except MachineError as problem:
-        raise MachineError(problem.message, hint="see --eval_url and --eval_api_key") from None
+    url, key = config.eval_url.rstrip("/"), read_key(config.eval_api_key, "eval_api_key")
+    known = Endpoint(url, key, 30.0, "eval").models()
     wanted = config.model or (config.models[0] if config.models else None)
     if wanted is None and len(known) == 1:
         return Served(url, key, known[0], None)

@@ -31,7 +31,7 @@ NO_JUDGE = "exact_matching"  # left open, VLMEvalKit sends questions and answers
 
 def check(config: EvalConfig) -> None:
     """See Evaluator. Names of data sets are not checked: it takes any name of which it finds a table."""
-    require("vlmeval", config, extra="vlmevalkit")
+    require("vlmeval", config)
     because = "with VLMEvalKit, whose data sets say how they are asked"
     config.refuse_without_effect(
         ("eval_mode", "eval_num_fewshot", "eval_dataset_args", "eval_data_dir", "system", "use_chat_template"), because

@@ -15,7 +15,7 @@ from swift.evaluate.judging import Judged, Metric, Setting, Verdict
 MOST_LENGTH = 2.0  # of a notice, in lengths of its facts; those of the data set have about one
 ENOUGH_WORDS = 0.75  # of an advice, in one sentence; in Chinese of its characters
 
-NAMES = ("acc", "facts", "level", "place", "time", "amounts", "advice", "grounded", "language", "form")
+NAMES = ("facts", "acc", "level", "place", "time", "amounts", "advice", "grounded", "language", "form")
 _MONTHS = ("January February March April May June July August September October November December").split()
 _LABELS = {
     "en": r"Warning|Area|Issued|Valid|Snowfall|Snow depth|Wind|(?:Road|Lowest) temperature|Advice|Hotline",
@@ -184,7 +184,10 @@ def judge_notice(answer: str, facts: Facts) -> Verdict:
     }
     is_right = all(value == 1 for value in metrics.values())
     missing = [name for name, is_told in told.items() if not is_told]
-    return Verdict({"acc": float(is_right), **metrics}, {"missing": missing, "invented": wrong, "copied_lines": num_copied})
+    return Verdict(
+        {"facts": metrics.pop("facts"), "acc": float(is_right), **metrics},
+        {"missing": missing, "invented": wrong, "copied_lines": num_copied},
+    )
 
 
 def without_copies(answer: str, facts: Facts) -> tuple[str, int]:

@@ -40,7 +40,9 @@ def _folders() -> list[Path]:
 def check(job: dict[str, Any]) -> dict[str, Any]:
     """The names of its options and data sets, and what its parser says against ``job["words"]`` (None if nothing)."""
     parser = _parser()
-    options = [action.option_strings[-1].lstrip("-") for action in parser._actions if action.option_strings]
+    options = [
+        (action.option_strings or [action.dest])[-1].lstrip("-") for action in parser._actions if action.dest not in ("help", "config")
+    ]
     problem = None
     try:
         parser.exit_on_error = False
