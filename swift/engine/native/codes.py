@@ -43,9 +43,12 @@ def in_panels(values: Tensor, width: int) -> Tensor:
     """(P, n, R) of ``values`` (N, n), with zeros for outputs that are not there."""
     count, size = values.shape
     panels = -(-count // width)
-    padded = values.new_zeros(panels * width, size)
-    padded[:count] = values
-    return padded.view(panels, width, size).transpose(1, 2)
+    if count % width:
+        padded = values.new_zeros(panels * width, size)
+        padded[:count] = values
+        values = padded
+    panels_PRn: Tensor = values.unflatten(0, (panels, width))
+    return panels_PRn.transpose(1, 2)
 
 
 def in_pairs(groups_PGKR: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from swift.engine.growing import Growing, check_request, decoder, room_after
 from swift.engine.native.blocks import ROOT, Blocks
 from swift.engine.native.compiled import kernels
 from swift.engine.native.guide import Guides
+from swift.engine.native.mapped import MappedWeights
 from swift.engine.native.ngram import Guesser
 from swift.engine.native.packed import Format, pack_quantized
 from swift.engine.native.pages import PagedCache
@@ -320,11 +321,12 @@ def make(loaded: Loaded, config: GenerateConfig) -> NativeEngine:
 
 
 def _copy_what_stays(model: Any) -> None:
-    """Weights that are not packed get memory of their own: they are parts of the mapped file, which one of them would hold whole."""
+    """Weights that are not packed get memory of their own, where a mapped file that one of them is part of would be held whole."""
+    files = MappedWeights()
     packed = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
     packed.discard(id(model.get_input_embeddings().weight))  # of which the head may be a second use
     for weight in (*model.parameters(), *model.buffers()):
-        if id(weight) not in packed:
+        if id(weight) not in packed and not files.holds(weight):
             weight.data = weight.data.clone()
 
 

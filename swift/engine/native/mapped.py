@@ -23,6 +23,10 @@ class MappedWeights:
         with contextlib.suppress(OSError):
             self._ranges = _unchanged(Path("/proc/self/smaps").read_text(errors="replace"))
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` lies in one of them: what is not read of it takes no memory."""
+        return any(begin <= tensor.data_ptr() < end for begin, end in self._ranges)
+
     def let_go(self, tensor: Tensor | None = None) -> None:
         """The pages of all files, or those that contiguous ``tensor`` alone lies in. They are read again when somebody asks for them."""
         for begin, end in self._ranges:
