@@ -214,7 +214,7 @@ def test_a_server_that_is_not_there_and_one_that_refuses_are_told_apart(folder, 
     wanted = make_tokenizer().decode(greedy("llama", [[5, 6]])[0][:2], skip_special_tokens=True)
     assert [answer.text for answer in answers(engine, [good])] == [wanted]
     engine.close()
-    with pytest.raises(MachineError, match="status 401"):
+    with pytest.raises(ConfigError, match="status 401"):
         make_engine(source(folder, "remote", **options | {"remote_api_key": "wrong"}))
     with pytest.raises(MachineError, match="does not answer"):
         make_engine(source(folder, "remote", remote_url="http://127.0.0.1:9/v1"))

@@ -120,7 +120,13 @@ def test_nothing_outlives_a_run_that_is_ended(tmp_path, number):
     lines = "from swift.config.evaluate import EvalConfig; from swift.evaluate.external.process import work; from pathlib import Path\n"
     lines += f"work('waits', 'run', {{}}, EvalConfig(), programs=Path({str(waiting(tmp_path))!r}))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-    process = subprocess.Popen([sys.executable, "-c", lines], env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", lines],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a test run in the background ignores it
+    )
     end = time.monotonic() + 60
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert time.monotonic() < end and process.poll() is None
@@ -128,7 +134,11 @@ def test_nothing_outlives_a_run_that_is_ended(tmp_path, number):
     pids = below(process.pid)
     assert int((tmp_path / "pid").read_text()) in pids and len(pids) == 3
     process.send_signal(number)
-    process.wait(30)
+    try:
+        process.wait(30)
+    finally:
+        process.kill()
+        process.wait()
     assert wait_until_gone(pids)
 
 

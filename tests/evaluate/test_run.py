@@ -191,7 +191,12 @@ def test_ctrl_c_leaves_whole_lines_and_says_how_to_go_on(tmp_path: Path, model: 
         "--eval_num_fewshot",
         "0",
     ]
-    running = subprocess.Popen([*command, "--eval_output_dir", str(tmp_path / "out"), "--device", "cpu"], stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [*command, "--eval_output_dir", str(tmp_path / "out"), "--device", "cpu"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a test run in the background ignores it
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not any(len(lines) > 20 for lines in _texts(tmp_path / "out")):
         time.sleep(0.1)

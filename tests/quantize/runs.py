@@ -25,14 +25,15 @@ def wide(path: Path, **options) -> Path:
 
 
 def quantize(model: Path, rows: Path, out: Path, *, bare: bool = False, **options) -> Path:
-    """``bare``: no options of GPTQ but those given."""
+    """``bare``: no options of GPTQ but those given. What is None is not said."""
     given = {"model": str(model), "dataset": [str(rows)], "output_dir": str(out), "device": "cpu"}
     given |= {"quant_eval_samples": 4, "max_length": 64}
     if options.get("quant_method") not in ("bnb", "fp8") or options.get("quant_activations") == "static":
         given["quant_n_samples"] = 12
     if not bare:
         given |= {"quant_method": "gptq", "quant_bits": 4, "group_size": 32}
-    return run_export(build_config(QuantizeConfig, ("argument", given | options)))
+    said = {name: value for name, value in (given | options).items() if value is not None}
+    return run_export(build_config(QuantizeConfig, ("argument", said)))
 
 
 def dense(folder: Path, layer: str, name: str = "gptq") -> torch.Tensor:

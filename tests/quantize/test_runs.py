@@ -188,7 +188,9 @@ def test_experts_are_quantized_one_by_one_and_read_back(family, method, tmp_path
 
 
 def test_without_text_at_all_what_needs_none_is_quantized(tmp_path, rows):
-    out = quantize(wide(tmp_path / "m"), rows, tmp_path / "q", quant_method="fp8", quant_eval_samples=0, bare=True)
+    out = quantize(
+        wide(tmp_path / "m"), rows, tmp_path / "q", quant_method="fp8", quant_eval_samples=0, dataset=None, max_length=None, bare=True
+    )
     report = json.loads((out / REPORT_FILE).read_text())
     assert report["kl"] is None
     assert len(report["worst_layers"]) == 8
