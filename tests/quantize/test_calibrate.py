@@ -1,33 +1,13 @@
 """The documents that calibrate and those that measure."""
 
-from pathlib import Path
-
 import pytest
-import torch
 
 from swift.config.commands import QuantizeConfig
 from swift.config.options import build as build_config
-from swift.model.artifact import ModelFolder
 from swift.model.tokenizer import load_tokenizer
 from swift.quantize.calibrate import documents
-from swift.quantize.skeleton import Skeleton
-from tests.families import build
 from tests.quantize.runs import wide
 from tests.tiny import CHATML
-
-CPU = torch.device("cpu")
-
-
-def saved(family: str, path: Path, **options) -> ModelFolder:
-    build(family, **options).save_pretrained(path)
-    return ModelFolder(path, family)
-
-
-def run_by_blocks(skeleton: Skeleton, ids: torch.Tensor) -> torch.Tensor:
-    hidden = skeleton.embed(ids)
-    for index, call in enumerate(skeleton.calls(tuple(ids.shape))):
-        hidden = skeleton.run(skeleton.block(index), hidden, call)
-    return hidden
 
 
 def test_calibration_and_measuring_share_no_document(tmp_path, rows):

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,28 +11,11 @@ from torch import nn
 
 from swift.errors import ConfigError, MachineError, ModelError
 from swift.export.folder import REPORT_FILE, partial_folder
-from swift.model.artifact import ModelFolder
 from swift.model.load import load_model
-from swift.quantize.skeleton import Skeleton
 from swift.quantize.tensors import Checkpoint
 from tests.families import build
 from tests.quantize.runs import ROWS, dense, held_out, quantize, wide
 from tests.tiny import make_model, make_tokenizer
-
-CPU = torch.device("cpu")
-
-
-def saved(family: str, path: Path, **options) -> ModelFolder:
-    build(family, **options).save_pretrained(path)
-    return ModelFolder(path, family)
-
-
-def run_by_blocks(skeleton: Skeleton, ids: torch.Tensor) -> torch.Tensor:
-    hidden = skeleton.embed(ids)
-    for index, call in enumerate(skeleton.calls(tuple(ids.shape))):
-        hidden = skeleton.run(skeleton.block(index), hidden, call)
-    return hidden
-
 
 SCALED = ["llama", "qwen2", "qwen3", "phi3", "granite", "mixtral"]
 OTHERS = ["cohere", "gemma2", "gemma3_text", "olmo2", "opt", "gpt_neox"]
