@@ -1,7 +1,7 @@
 """What is evaluated, on which tasks, and how."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from swift.config.generate import GenerateConfig
 from swift.config.model import ModelConfig, QuantConfig
@@ -37,6 +37,8 @@ class TasksConfig(Config):
 @dataclass(kw_only=True)
 class EvalConfig(TasksConfig, GenerateConfig, QuantConfig, ModelConfig):
     """Evaluate models on tasks, one beside the other."""
+
+    scores_first: ClassVar[bool] = True
 
     models: list[str] = opt([], "models, runs or checkpoints; each is compared with the first", positional=True)
     eval_output_dir: str = opt(
