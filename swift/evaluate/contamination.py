@@ -18,14 +18,14 @@ from swift import console
 from swift.config.evaluate import EvalConfig
 from swift.data import sources
 from swift.evaluate.base import Example, Task
+from swift.evaluate.characters import HAN
 
 LENGTH = 13
 SHORTEST = 8  # a text of 8 to 12 tokens is one n-gram; a shorter one says too little to be found
 PHRASE = 10  # an n-gram of more examples of a task than this is a phrase of its questions, not what is asked
 _BATCH_TOKENS = 1 << 18
 
-_WIDE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_TOKEN = re.compile(rf"[{_WIDE}]|[^\W_{_WIDE}]+")
+_TOKEN = re.compile(rf"[{HAN}]|[^\W_{HAN}]+")
 
 Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.int64]

@@ -6,9 +6,10 @@ an emphasised letter, the last letter. A letter is never taken out of a word, an
 """
 
 import re
-import unicodedata
 from collections.abc import Callable, Iterator
 
+from swift.evaluate.characters import narrow
+from swift.evaluate.extract.parts import stated
 from swift.evaluate.judging import Extractor, Found, Question, Setting
 
 _OPEN = r"[\\\s*_`\"'“‘(\[{$]*"
@@ -58,8 +59,7 @@ def make(setting: Setting) -> Extractor:
 
 def _plain(text: str) -> str:
     """Full-width letters and signs as those of ASCII."""
-    wide = "".join(unicodedata.normalize("NFKC", char) if "！" <= char <= "～" else char for char in text)
-    return wide.translate(_WIDE).strip()
+    return narrow(text).translate(_WIDE).strip()
 
 
 def _letter(letters: str) -> str:
@@ -75,9 +75,7 @@ def _boxed(text: str, question: Question) -> str | None:
 
 def _choice_text(text: str, question: Question) -> str | None:
     """The answer, its first line or what is said to be the answer is the text of exactly one choice."""
-    said = [text, text.split("\n")[0]]
-    said += re.findall(r"(?:answer is|answer:|答案是|答案为|答案:)\s*:?\s*([^\n]+)", text, re.IGNORECASE)[-1:]
-    wanted = {_bare(part) for part in said}
+    wanted = {_bare(part) for part in (text, text.split("\n")[0], stated(text) or "")}
     hits = {
         letter
         for letter, choice in zip(question.letters, question.choices, strict=False)

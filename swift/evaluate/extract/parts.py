@@ -12,6 +12,12 @@ _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*
 _PYTHON = ("python", "python3", "py", "")
 
 
+def stated(text: str) -> str | None:
+    """What stands behind the last "the answer is", up to the end of its line."""
+    said = re.findall(r"(?:answer is|answer:|答案是|答案为|答案[:：])\s*:?\s*([^\n]+)", text, re.IGNORECASE)
+    return said[-1] if said else None
+
+
 def make_text(setting: Setting) -> Extractor:
     """All of it, without white space at both ends."""
     setting.take()

@@ -9,10 +9,10 @@ import string
 import unicodedata
 from collections import Counter
 
+from swift.evaluate.characters import HAN
 from swift.evaluate.extract.number import value_of
 from swift.evaluate.judging import Judged, Metric, Setting, Verdict
 
-HAN = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
