@@ -57,6 +57,12 @@ def test_equal_answers_count_one(name, found, golds, value):
         ("(0.5, 2)", "(\\frac{1}{2}, 2)", True),
         ("(1, 2)", "(2, 1)", False),
         ("\\sqrt3", "\\sqrt{3}", True),
+        ("1, 2", "12", False),
+        ("10{,}000", "10,000", True),
+        ("3\\,x", "3x", True),
+        ("$x^2$.", "x^2", True),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
+        (r"\begin{pmatrix}1 \\ 2\end{pmatrix}", r"\begin{pmatrix} 12 \end{pmatrix}", False),
         ("50\\%", "50", True),
         ("\\text{Tuesday}", "Tuesday", True),
         ("x^2+1", "1+x^2", False),  # no algebra is done

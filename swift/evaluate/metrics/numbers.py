@@ -53,8 +53,9 @@ def same_math(one: str, other: str) -> bool:
 
 def plain_math(text: str) -> str:
     """``text`` in one way of writing, without white space."""
-    made = text.strip().strip("$").rstrip(".")
-    made = re.sub(r"\\(?:left|right|displaystyle|[!,;:> ])(?![a-z])", "", made.replace("\\\\", "\\"))
+    made = text.strip().lstrip("$").rstrip("$. ")
+    made = re.sub(r"(?<!\\)\\ ", "", made).replace("\\\\", "\\")  # a space by name; then the end of a row, spaces around it or not
+    made = re.sub(r"\\(?:(?:left|right|displaystyle)(?![a-z])|[!,;:>])", "", made).replace("{,}", ",")
     made = re.sub(
         r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{\s*(?:cm|mm|m|km|kg|g|s|inches|inch|feet|units?|degrees?|hours?|dollars?)?\s*\}"
         r"(?:\s*\^\s*\{?\d\}?)?\s*$",
