@@ -124,6 +124,8 @@ def test_code_of_another_language_is_none():
         ("不正确", "no"),
         ("It says so; the answer is yes, no doubt", "yes"),
         ("The text says that it is true.", "yes"),
+        ("The text says that it is not true.", "no"),
+        ("That isn't correct.", "no"),
         ("答案：错", "no"),
         ("yes or no?", "yes"),
         ("Nothing is known", None),

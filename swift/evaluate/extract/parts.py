@@ -90,8 +90,11 @@ def make_yes_no(setting: Setting) -> Extractor:
     return _yes_no
 
 
-_YES = r"\byes\b|\btrue\b|\bcorrect\b|^是的?|^对的?|^正确|(?:答案|结论)\s*(?:是|为|[:：])\s*(?:是|对|正确)"
-_NO = r"\bno\b|\bfalse\b|\bincorrect\b|^不是|^不对|^否|^错误?|^不正确|(?:答案|结论)\s*(?:是|为|[:：])\s*(?:否|不|错)"
+_YES = r"\byes\b|(?<!\bnot )(?<!n't )\b(?:true|correct)\b|^是的?|^对的?|^正确|(?:答案|结论)\s*(?:是|为|[:：])\s*(?:是|对|正确)"
+_NO = (
+    r"\bno\b|\bfalse\b|\bincorrect\b|(?:\bnot|n't) (?:true|correct)\b|^不是|^不对|^否"
+    r"|^错误?|^不正确|(?:答案|结论)\s*(?:是|为|[:：])\s*(?:否|不|错)"
+)
 
 
 def _yes_no(text: str, question: Question) -> Found:
