@@ -21,8 +21,8 @@ def make_acc(setting: Setting) -> Metric:
     setting.take()
 
     def judge(judged: Judged) -> Verdict:
-        found = " ".join((judged.found.value or "").split()).casefold()
-        return Verdict({"acc": float(any(found == " ".join(gold.split()).casefold() for gold in judged.golds))})
+        found = judged.found.value
+        return Verdict({"acc": float(found is not None and any(_spaced(found) == _spaced(gold) for gold in judged.golds))})
 
     return Metric(("acc",), judge)
 
@@ -42,9 +42,14 @@ def make_f1(setting: Setting) -> Metric:
     setting.take()
 
     def judge(judged: Judged) -> Verdict:
-        return Verdict({"f1": max((word_f1(judged.found.value or "", gold) for gold in judged.golds), default=0.0)})
+        found = judged.found.value
+        return Verdict({"f1": 0.0 if found is None else max((word_f1(found, gold) for gold in judged.golds), default=0.0)})
 
     return Metric(("f1",), judge)
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def normalised(text: str) -> str:
