@@ -62,11 +62,12 @@ def plain_math(text: str) -> str:
         "",
         made,
     )
+    made = re.sub(r"(?<=[\d}])\s*\\(?:text|mbox)\s*\{\s[a-zA-Z. ]*\}(?:\s*\^\s*\{?\d\}?)?\s*$", "", made)  # any other unit
     made = re.sub(rf"\\(?:text|mathrm|mathbf|textbf|mbox)\s*{_GROUP}", r"\1", made)
     made = made.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\cdot", "*").replace("\\times", "*")
     made = made.replace("^\\circ", "").replace("^{\\circ}", "").replace("\\%", "").replace("%", "").replace("\\$", "")
-    made = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", made)
-    made = re.sub(r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{", made)
+    made = re.sub(r"\\frac(?:\s*(\d)|\s+([a-z]))\s*(?=[\da-z{])", r"\\frac{\1\2}", made)
+    made = re.sub(rf"\\frac\s*{_GROUP}\s*([\da-z])", r"\\frac{\1}{\2}", made)
     made = re.sub(r"\\sqrt\s*(\w)", r"\\sqrt{\1}", made)
     made = re.sub(r"\s+", "", made)
     made = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", made)
