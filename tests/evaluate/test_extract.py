@@ -101,6 +101,8 @@ CODE = "def add(a, b):\n    return a + b\n"
         (f"```python\n{CODE}", CODE),
         (f"```bash\npip install x\n```\n```py\n{CODE}```", CODE),
         (f"```python\nimport os\n```\nand\n```python\n{CODE}```\n```python\nprint(add(1, 2))\n```", CODE),
+        ("1. So:\n   ```python\n   def add(a, b):\n       return a + b\n   ```\n", CODE),
+        ("```python\n    return a + b\n```", "    return a + b\n"),
         ("    return a + b", "    return a + b"),
         ("    return a + b\n```\nThis adds.", "    return a + b"),
     ],

@@ -140,7 +140,7 @@ def _lists_choices(text: str, letters: str) -> bool:
 
 
 def _emphasised(text: str, question: Question) -> str | None:
-    found = re.findall(rf"\*\*\W*{_letter(question.letters)}(?:[.):、\s][^*\n]*)?\*\*", text)
+    found = re.findall(rf"(?<!\*)\*\*\W*{_letter(question.letters)}(?:[.):、\s][^*\n]*)?\*\*", text)
     return found[-1] if len(set(found)) == 1 else None
 
 

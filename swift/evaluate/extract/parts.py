@@ -8,7 +8,7 @@ from swift.errors import ConfigError
 from swift.evaluate.judging import Extractor, Found, Question, Setting
 
 _EMPTY = "the answer is empty"
-_FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^([ \t]*)(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\2[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = ("python", "python3", "py", "")
 
 
@@ -65,7 +65,9 @@ def make_code(setting: Setting) -> Extractor:
             return Found(None, _EMPTY)
         if _goes_on(text):
             return Found(text.split("\n```")[0].rstrip(), "text")
-        blocks = [body for _, kind, body in _FENCE.findall(text) if kind.lower() in _PYTHON and body.strip()]
+        # In a list, fence and code are indented alike, and the code by itself is not.
+        found = [(kind, re.sub(f"^{indent}", "", body, flags=re.MULTILINE)) for indent, _, kind, body in _FENCE.findall(text)]
+        blocks = [body for kind, body in found if kind.lower() in _PYTHON and body.strip()]
         name = question.fields.get("entry_point")
         defining = [body for body in blocks if name and re.search(rf"^\s*(?:async\s+)?def\s+{re.escape(str(name))}\b", body, re.MULTILINE)]
         if defining:
