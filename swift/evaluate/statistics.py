@@ -174,8 +174,8 @@ def ratio(
 def macro(strata: Sequence[tuple[Sequence[float] | Floats, Clusters]]) -> Estimate:
     """Unweighted mean of the means of ``strata``, each of which is sampled by itself (Cochran 1977, chapter 5).
 
-    0/1 values get Wilson's interval of the number of items that would give this variance. There is no interval if a stratum
-    has a single item or cluster, whose variance is unknown.
+    0/1 values get Wilson's interval of the number of items that would give this variance, and in clusters t, as in ``mean``.
+    There is no interval if a stratum has a single item or cluster, whose variance is unknown.
     """
     columns = [np.asarray(values, dtype=np.float64) for values, _ in strata]
     value = float(np.mean([column.mean() for column in columns]))
@@ -190,9 +190,10 @@ def macro(strata: Sequence[tuple[Sequence[float] | Floats, Clusters]]) -> Estima
     freedom = sum(groups) - len(groups)
     if not all(is_binary(column) for column in columns):
         return _student(value, variance, freedom, count, sum(groups), is_share=all(are_shares(column) for column in columns))
-    most = len(groups) ** 2 / sum(1 / size for size in groups)
-    effective = min(most, value * (1 - value) / variance) if variance > 0 else most
-    return _wilson(value, effective, count, sum(groups), Z)
+    # As many items, and clusters, as would be if each stratum had the same number of them.
+    most, least = (len(sizes) ** 2 / sum(1 / size for size in sizes) for sizes in ([len(column) for column in columns], groups))
+    effective = effective_count(most, least, value * (1 - value) / most, variance)
+    return _wilson(value, effective, count, sum(groups), Z if count == sum(groups) else t_quantile(freedom))
 
 
 def is_binary(values: Floats) -> bool:
@@ -204,7 +205,7 @@ def are_shares(above: Floats, below: float | Floats = 1.0) -> bool:
     return bool(np.all((above >= 0) & (above <= below)))
 
 
-def effective_count(count: int, groups: int, plain: float, clustered: float) -> float:
+def effective_count(count: float, groups: float, plain: float, clustered: float) -> float:
     """As how many independent items ``count`` items in ``groups`` clusters count, by the variances without and with clusters.
 
     Not more than there are; and as many as clusters where nothing varies, which says nothing about how alike items of one are.

@@ -175,6 +175,14 @@ def test_categories_of_equal_size_give_the_interval_of_all_items():
     assert (found.value, found.low, found.high) == (pytest.approx(plain.value), pytest.approx(plain.low), pytest.approx(plain.high))
 
 
+def test_clusters_whose_items_are_not_alike_cost_nothing_over_categories_either():
+    randomness = np.random.default_rng(0)
+    columns = [(randomness.random(400) < 0.5).astype(float) for _ in range(2)]
+    passages = [str(number // 4) for number in range(400)]
+    plain, clustered = macro([(column, None) for column in columns]), macro([(column, passages) for column in columns])
+    assert clustered.high - clustered.low == pytest.approx(plain.high - plain.low, rel=0.1)
+
+
 def test_a_category_of_one_item_leaves_no_interval():
     assert macro([([1.0, 0.0], None), ([1.0], None)]).low is None
 
