@@ -9,33 +9,13 @@ import re
 from fractions import Fraction
 
 from swift.evaluate.extract.number import value_of
-from swift.evaluate.judging import Judged, Metric, Setting, Verdict
+from swift.evaluate.metrics.match import by_equality
 
 _GROUP = r"\{([^{}]*)\}"
 
 
-def make_number(setting: Setting) -> Metric:
-    """``acc``: the same rational number (5, 5.0, 5.00; 1/2 and 0.5)."""
-    setting.take()
-
-    def judge(judged: Judged) -> Verdict:
-        return Verdict({"acc": float(judged.found.value is not None and any(same_number(judged.found.value, g) for g in judged.golds))})
-
-    return Metric(("acc",), judge)
-
-
-def make_math(setting: Setting) -> Metric:
-    """``acc``: the same number, or the same expression as far as writing goes."""
-    setting.take()
-
-    def judge(judged: Judged) -> Verdict:
-        return Verdict({"acc": float(judged.found.value is not None and any(same_math(judged.found.value, g) for g in judged.golds))})
-
-    return Metric(("acc",), judge)
-
-
 def same_number(one: str, other: str) -> bool:
-    """False also if one of both is no number."""
+    """The same rational number (5, 5.0, 5.00; 1/2 and 0.5). False also if one of both is no number."""
     left, right = value_of(one), value_of(other)
     return left is not None and left == right
 
@@ -100,3 +80,7 @@ def _value(text: str) -> Fraction | None:
     if top is None or not bottom:
         return None
     return (-1 if match[1] else 1) * top / bottom
+
+
+make_number = by_equality("acc", same_number)
+make_math = by_equality("acc", same_math)
