@@ -94,6 +94,15 @@ def test_the_interval_of_a_difference_of_shares_does_not_leave_them():
     assert other.high > 1
 
 
+def test_the_interval_of_a_difference_of_shares_of_sums_does_not_leave_them():
+    about = replace(ABOUT, metric="inst")
+    sides = [
+        result([{"inst.sum": float(followed), "inst.count": 2.0} for followed in side], about=about) for side in ([0, 0, 1], [2, 0, 1])
+    ]
+    found = compare(*sides, names=NAMES)
+    assert (found.difference, found.low, found.high) == (pytest.approx(1 / 3), -1.0, 1.0)
+
+
 def test_perplexities_are_compared_on_the_documents_that_both_read():
     about = replace(ABOUT, mode="perplexity", metric="perplexity")
     randomness = np.random.default_rng(5)

@@ -164,6 +164,8 @@ def test_a_regex_takes_the_match_that_is_wanted():
 def test_a_regex_that_is_none_is_refused():
     with pytest.raises(ConfigError, match=r"'\(' is no regular expression"):
         found("regex", "", pattern="(")
+    with pytest.raises(ConfigError, match="select of the extractor regex is 'first'"):
+        found("regex", "", pattern="a", select="first")
     with pytest.raises(ConfigError, match="needs a pattern"):
         found("regex", "")
 

@@ -44,7 +44,11 @@ def make_regex(setting: Setting) -> Extractor:
         raise ConfigError(f"task {setting.task}: the extractor regex needs a pattern") from None
     except re.error as problem:
         raise ConfigError(f"task {setting.task}: {setting.options['pattern']!r} is no regular expression: {problem}") from None
-    select = int(setting.options.get("select", -1))
+    select = setting.options.get("select", -1)
+    if not isinstance(select, int):
+        raise ConfigError(
+            f"task {setting.task}: select of the extractor regex is {select!r}", hint="give a whole number: 0, 1, or -1 for the last"
+        )
 
     def extract(text: str, question: Question) -> Found:
         found = list(pattern.finditer(text))
