@@ -111,9 +111,17 @@ def digest(value: Any) -> str:
 
 
 def task_result(
-    name: str, title: str, maker: str, *, metric: str, outcomes: list[Outcome], numbers: Mapping[str, float], about: Mapping[str, Any]
+    name: str,
+    title: str,
+    maker: str,
+    asked: Any,
+    *,
+    metric: str,
+    outcomes: list[Outcome],
+    numbers: Mapping[str, float],
+    about: Mapping[str, Any],
 ) -> TaskResult:
-    """A task as ``maker`` ("evalscope 1.14.1") has evaluated it; ``numbers`` are its own."""
+    """A task as ``maker`` ("evalscope 1.14.1") has evaluated it with the options ``asked``; ``numbers`` are its own."""
     made = About(
         name=name,
         title=title,
@@ -124,6 +132,6 @@ def task_result(
         licence="",
         source=str(about.get("source") or ""),
         counts=about.get("counts") or {},
-        digest=digest([maker, name, dict(about), [outcome.id for outcome in outcomes]]),
+        digest=digest([maker, name, asked]),
     )
     return TaskResult(made, outcomes, dict(numbers))

@@ -127,7 +127,7 @@ def read_task(own: Path, model: str, task: str, maker: str, options: dict[str, A
     """A task as EvalScope has written it below ``own``; MachineError if it has not."""
     try:
         report = json.loads((own / "reports" / model / f"{task}.json").read_text(encoding="utf-8"))
-        rows = _rows(own, model, task)
+        rows = _rows(own, model, task, options["datasets"])
         outcomes = [_outcome(row, subset) for subset, row in rows]
         numbers, metric = _numbers(report), _main_metric(rows)
         resolved = _resolved(own, task)
@@ -140,9 +140,8 @@ def read_task(own: Path, model: str, task: str, maker: str, options: dict[str, A
         "source": resolved.get("dataset_id"),
         "counts": counts,
     }
-    return task_result(
-        task, report.get("dataset_pretty_name") or task, maker, metric=metric, outcomes=outcomes, numbers=numbers, about=about
-    )
+    title = report.get("dataset_pretty_name") or task
+    return task_result(task, title, maker, options, metric=metric, outcomes=outcomes, numbers=numbers, about=about)
 
 
 def _numbers(report: dict[str, Any]) -> dict[str, float]:
@@ -158,10 +157,13 @@ def _numbers(report: dict[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _rows(own: Path, model: str, task: str) -> list[tuple[str, dict[str, Any]]]:
+def _rows(own: Path, model: str, task: str, tasks: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
     """(subset, line) of its reviews, in the order of the data; it writes them in the order of the answers."""
     found = []
+    longer = tuple(f"{name}_" for name in tasks if name.startswith(f"{task}_"))  # mmlu_pro_math.jsonl is none of mmlu
     for file in sorted((own / "reviews" / model).glob(f"{task}_*.jsonl")):
+        if file.stem.startswith(longer):
+            continue
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         found += [(file.stem.removeprefix(f"{task}_"), row) for row in sorted(rows, key=lambda row: int(row["index"]))]
     return found

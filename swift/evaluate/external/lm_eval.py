@@ -201,9 +201,9 @@ def read_task(own: Path, name: str, maker: str, options: dict[str, Any]) -> Task
         sources = {results["configs"][leaf]["dataset_path"] for leaf in leaves}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
         raise MachineError(f"{own} does not hold what {maker} writes of {name}: {problem or type(problem).__name__}") from None
-    metric = next((key for key in numbers if "_stderr," not in key), "")
+    metric = next((key for key in [*numbers, *(key for outcome in outcomes for key in outcome.metrics)] if "_stderr," not in key), "")
     about = {"num_fewshot": shots, "uses_chat_template": options["apply_chat_template"], "source": ", ".join(sorted(sources))}
-    return task_result(name, name, maker, metric=metric, outcomes=outcomes, numbers=numbers, about=about)
+    return task_result(name, name, maker, options, metric=metric, outcomes=outcomes, numbers=numbers, about=about)
 
 
 def _leaves(results: dict[str, Any], name: str) -> list[str]:
@@ -228,11 +228,15 @@ def _outcomes(own: Path, leaf: str, category: str) -> list[Outcome]:
 
 
 def _answer(row: dict[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
-    """(prompt, prediction, detail): of choices their log-likelihoods, of which the largest is meant; else what was written."""
+    """(prompt, prediction, detail): of choices their log-likelihoods, of which the largest is meant; else what was written.
+
+    A filter may leave a list of texts: programs of HumanEval, or answers of which one is chosen.
+    """
     arguments, answers = row["arguments"], row["filtered_resps"]
     prompt = str(arguments[0][0])
-    if isinstance(answers[0], list):
+    first = answers[0]
+    if isinstance(first, list) and isinstance(first[0], int | float):
         values = [float(answer[0]) for answer in answers]
         detail = {"loglikelihoods": values, "choices": [each[1] for each in arguments]}
         return prompt, str(values.index(max(values))), detail
-    return prompt, str(answers[0]), {"answer": row["resps"][0][0]}
+    return prompt, str(first[0] if isinstance(first, list) else first), {"answer": row["resps"][0][0]}
