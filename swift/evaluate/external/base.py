@@ -41,8 +41,10 @@ class Evaluator(Protocol):
 def generation(config: EvalConfig, names: Mapping[str, str] = GENERATION) -> dict[str, Any]:
     """Options of generation that somebody gave, by the names in ``names``; --eval_generation_config is the stronger.
 
-    A name that is not in ``names`` is passed on as it is: the package knows more options than we do.
+    A name in it that is not in ``names`` is passed on as it is: the package knows more options than we do. ConfigError for an
+    option of ours that the package does not have.
     """
+    config.refuse_without_effect([name for name in GENERATION if name not in names], f"with --eval_backend {config.eval_backend}")
     given = {name: getattr(config, name) for name in names if config.said(name)}
     given |= config.eval_generation_config or {}
     return {names.get(name, name): value for name, value in given.items()}

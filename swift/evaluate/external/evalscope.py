@@ -29,6 +29,7 @@ from swift.evaluate.external.layout import laid_out
 from swift.evaluate.external.process import require, work
 from swift.evaluate.external.server import Served, serving
 from swift.evaluate.subject import Subject
+from swift.model.template import read_system
 
 NAMES = GENERATION | {"stop_words": "stop_seqs"}
 # What we say ourselves, and the option that says it.
@@ -79,8 +80,8 @@ def judge(config: EvalConfig, known: Mapping[str, Any]) -> None:
 def options_of(config: EvalConfig) -> dict[str, Any]:
     """EvalScope's TaskConfig, but for the model and where it is served."""
     arguments = {task: laid_out(config, "evalscope", task) for task in config.eval_dataset}
-    if config.system is not None:
-        arguments = {task: {"system_prompt": config.system} | given for task, given in arguments.items()}
+    if (system := read_system(config.system)) is not None:
+        arguments = {task: {"system_prompt": system} | given for task, given in arguments.items()}
     options: dict[str, Any] = {
         "datasets": list(config.eval_dataset),
         "dataset_args": {task: given for task, given in arguments.items() if given},
