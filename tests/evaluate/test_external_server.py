@@ -66,8 +66,8 @@ def test_a_model_is_served_with_a_key_of_its_own_and_nothing_is_left(tiny_model,
         assert (known.model, known.child) == (tiny_model.name, None)
         with pytest.raises(ConfigError, match="status 401"):
             at_url(make(eval_url=served.url, eval_api_key="another-key"))
-        with pytest.raises(ConfigError, match="has no model other"):
-            at_url(make(eval_url=served.url, eval_api_key=served.key, model="other"))
+        whole = at_url(make(eval_url=f"{served.url}/chat/completions", eval_api_key=served.key, model="other"))
+        assert (whole.url, whole.model) == (served.url, tiny_model.name)  # as without --eval_backend
     assert len(pids) >= 2
     assert wait_until_gone(pids)
     assert served.key not in (tmp_path / "log.txt").read_text()
