@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
@@ -133,6 +134,10 @@ def test_calibration_compares_probabilities_with_what_is_right():
             "answers that could not be read, and count as wrong: 40 (100%)",
         ),
         ([replace(outcome(n, 1), detail={"notes": {"truncated": 3 * (n % 2)}}) for n in range(40)], "prompts truncated: 20"),
+        (
+            [replace(outcome(n, 1), detail={"finish_reason": "length" if n % 2 else "stop"}) for n in range(40)],
+            "answers cut off at the most tokens that they may have: 20 (50%)",
+        ),
         (
             [replace(outcome(n, 1), metrics={"acc": math.nan if n == 1 else 1.0}) for n in range(40)],
             "items without a finite value of acc, left out of its mean: 1",
@@ -344,6 +349,40 @@ def test_a_foreign_report_does_not_stop_a_finished_evaluation(tmp_path):
     (tmp_path / "report.json").write_text("mine", encoding="utf-8")
     report.write(tmp_path, [BASE])
     assert [path.read_text(encoding="utf-8") for path in tmp_path.glob("report-*.json")] == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.html"])
+def test_a_report_of_training_in_the_same_folder_is_kept(tmp_path, name):
+    (tmp_path / name).write_text("mine", encoding="utf-8")
+    report.write(tmp_path, [BASE])
+    assert [path.read_text(encoding="utf-8") for path in tmp_path.glob("report-*")] == ["mine"]
+
+
+def test_reports_of_one_second_are_all_kept(tmp_path):
+    for name in ("a", "b", "c"):
+        report.write(tmp_path, [model(name, [True, False])])
+        os.utime(tmp_path / "report.json", (1e9, 1e9))
+    kept = sorted(path.name for path in tmp_path.glob("report-*.json"))
+    assert [json.loads((tmp_path / path).read_text(encoding="utf-8"))["models"][0]["name"] for path in kept] == ["b", "a"]
+    assert kept == ["report-20010909T014640Z-1.json", "report-20010909T014640Z.json"]
+
+
+def numbers_alone(name, value):
+    about = replace(ABOUT, name="MMStar", title="MMStar", mode="VLMEvalKit 0.0.20", metric="Overall", groups={}, counts={})
+    return ModelResult(name, [TaskResult(about, [], {"Overall": value, "infer_failed": 1.0})])
+
+
+def test_a_number_without_items_is_shown_as_it_is(tmp_path, capsys):
+    models = [numbers_alone("a", 25.5), numbers_alone("b", 31.25)]
+    report.write(tmp_path, models)
+    report.show(models)
+    seen = capsys.readouterr()
+    assert "25.5" in seen.out and "31.25" in seen.out
+    assert "the number is that of VLMEvalKit 0.0.20 as it stands" in re.sub(r"\s+", " ", seen.err)
+    page = " ".join("".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).text).split())
+    assert "31.25" in page
+    with pytest.raises(DataError, match=r"holds results of VLMEvalKit 0\.0\.20, whose answers are in files of its own"):
+        report.load(tmp_path)
 
 
 def test_the_terminal_shows_results_and_comparisons(capsys):

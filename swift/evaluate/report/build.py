@@ -15,7 +15,7 @@ from swift.evaluate.report import details
 from swift.evaluate.report.caveats import warnings
 from swift.evaluate.report.schema import Category, Effect, Flip, Group, Model, Report, Result, TaskPart
 from swift.evaluate.results import file_of
-from swift.evaluate.statistics import RATIOS, estimate, estimate_macro, metrics_of
+from swift.evaluate.statistics import RATIOS, Estimate, estimate, estimate_macro, metrics_of
 
 FLIPS = 3  # shown of each side of a comparison
 TEXT = 1500  # characters shown of a prompt or an answer
@@ -93,7 +93,7 @@ def _result(model: ModelResult, task: TaskResult, is_own: bool, is_share: bool, 
         model=model.name,
         about=about,
         items=len(outcomes),
-        value=estimate(outcomes, about.metric),
+        value=estimate(outcomes, about.metric) or _told(task),
         macro=estimate_macro(outcomes, about.metric) if len({outcome.category for outcome in outcomes}) > 1 else None,
         metrics={name: value for name in metrics_of(outcomes) if (value := estimate(outcomes, name))},
         groups=_groups(task),
@@ -111,6 +111,12 @@ def _result(model: ModelResult, task: TaskResult, is_own: bool, is_share: bool, 
     if dirty:
         made.warnings.append(f"examples in the training data: {len(dirty)}")
     return made
+
+
+def _told(task: TaskResult) -> Estimate | None:
+    """What another package says of a metric that its items do not have: the number alone, in its own unit."""
+    value = task.facts.get(task.about.metric)
+    return None if value is None else Estimate(value, None, None, 0, 0, "none")
 
 
 def _categories(task: TaskResult) -> list[Category]:
