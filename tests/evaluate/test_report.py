@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
@@ -334,39 +333,6 @@ def test_a_baseline_that_lost_answers_is_told(tmp_path):
         report.load(place)
 
 
-def test_a_report_of_other_models_is_kept_under_another_name(tmp_path):
-    report.write(tmp_path, [BASE])
-    report.write(tmp_path, [BASE])
-    assert sorted(path.name for path in tmp_path.glob("report*")) == ["report.html", "report.json", "report.md"]
-    report.write(tmp_path, [TUNED])
-    kept = sorted(path.name for path in tmp_path.glob("report-*"))
-    assert [name.split(".")[1] for name in kept] == ["html", "json", "md"]
-    assert json.loads((tmp_path / kept[1]).read_text(encoding="utf-8"))["models"][0]["name"] == "base"
-    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["models"][0]["name"] == "tuned"
-
-
-def test_a_foreign_report_does_not_stop_a_finished_evaluation(tmp_path):
-    (tmp_path / "report.json").write_text("mine", encoding="utf-8")
-    report.write(tmp_path, [BASE])
-    assert [path.read_text(encoding="utf-8") for path in tmp_path.glob("report-*.json")] == ["mine"]
-
-
-@pytest.mark.parametrize("name", ["report.md", "report.html"])
-def test_a_report_of_training_in_the_same_folder_is_kept(tmp_path, name):
-    (tmp_path / name).write_text("mine", encoding="utf-8")
-    report.write(tmp_path, [BASE])
-    assert [path.read_text(encoding="utf-8") for path in tmp_path.glob("report-*")] == ["mine"]
-
-
-def test_reports_of_one_second_are_all_kept(tmp_path):
-    for name in ("a", "b", "c"):
-        report.write(tmp_path, [model(name, [True, False])])
-        os.utime(tmp_path / "report.json", (1e9, 1e9))
-    kept = sorted(path.name for path in tmp_path.glob("report-*.json"))
-    assert [json.loads((tmp_path / path).read_text(encoding="utf-8"))["models"][0]["name"] for path in kept] == ["b", "a"]
-    assert kept == ["report-20010909T014640Z-1.json", "report-20010909T014640Z.json"]
-
-
 def numbers_alone(name, value):
     about = replace(ABOUT, name="MMStar", title="MMStar", mode="VLMEvalKit 0.0.20", metric="Overall", groups={}, counts={})
     return ModelResult(name, [TaskResult(about, [], {"Overall": value, "infer_failed": 1.0})])
@@ -383,6 +349,12 @@ def test_a_number_without_items_is_shown_as_it_is(tmp_path, capsys):
     assert "31.25" in page
     with pytest.raises(DataError, match=r"holds results of VLMEvalKit 0\.0\.20, whose answers are in files of its own"):
         report.load(tmp_path)
+
+
+def test_a_share_is_one_though_it_could_not_be_computed_of_an_item():
+    one = replace(outcome(0, 1), metrics={"acc": math.nan})
+    made = build([ModelResult("m", [TaskResult(ABOUT, [one, outcome(1, 1)])])])
+    assert made.tasks[0].shares == ["acc"]
 
 
 def test_the_terminal_shows_results_and_comparisons(capsys):

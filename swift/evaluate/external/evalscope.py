@@ -130,7 +130,8 @@ def read_task(own: Path, model: str, task: str, maker: str, options: dict[str, A
         report = json.loads((own / "reports" / model / f"{task}.json").read_text(encoding="utf-8"))
         rows = _rows(own, model, task, options["datasets"])
         outcomes = [_outcome(row, subset) for subset, row in rows]
-        numbers, metric = _numbers(report), _main_metric(rows)
+        numbers = _numbers(report)
+        metric = _main_metric(rows) or next(iter(numbers), "")
         resolved = _resolved(own, task)
         counts = _counts(report, rows)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
