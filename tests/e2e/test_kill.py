@@ -70,28 +70,57 @@ def stable(run: Path) -> list[dict[str, object]]:
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 
+# Starts a command in a process of its own for each line that it reads, with packages that are imported already.
+LAUNCHER = """
+import json, os, sys
+import peft, transformers.models.llama.modeling_llama, swift.train.run
+from swift.cli import main
+for line in sys.stdin:
+    if not (pid := os.fork()):
+        main(json.loads(line))
+    print("started", pid, flush=True)
+    print("ended", os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """Kills a command at its first step and some time, or some time after its start, and gives what it said till then."""
+    env = environment(tmp_path / "cache")
+    words = [sys.executable, "-u", "-c", LAUNCHER]
+    launcher = subprocess.Popen(words, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def kill(words, seconds, *, awaits_step):
+        launcher.stdin.write(json.dumps(words) + "\n")
+        launcher.stdin.flush()
+        seen, pid = [], None
+        for line in launcher.stdout:
+            seen.append(line)
+            if line.startswith("started "):
+                pid = int(line.split()[1])
+            assert not line.startswith("ended "), "".join(seen)
+            if pid is not None and (not awaits_step or any(line.startswith("step ") for line in seen)):
+                break
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+        last = next(line for line in launcher.stdout if line.startswith("ended "))
+        assert last == f"ended {signal.SIGKILL}\n", "the run was over before it could be killed"
+
+    yield kill
+    launcher.communicate(timeout=30)
+    assert launcher.returncode == 0
+
+
 @pytest.mark.slow
-def test_twenty_kills_leave_no_trace(tiny_model, rows, tmp_path):
+def test_twenty_kills_leave_no_trace(tiny_model, rows, killed, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     env = environment(tmp_path / "cache")
     subprocess.run(command(tiny_model, rows, whole), env=env, check=True, capture_output=True)
     randomness = random.Random(0)
     for kill in range(KILLS):
         resume = ["--resume_from_checkpoint", str(run)] if (run / "args.json").exists() else []
-        process = subprocess.Popen(
-            command(tiny_model, rows, run, *resume), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        if kill % 7 != 6:  # every seventh is killed while it starts
-            seen = []
-            for line in process.stdout:
-                seen.append(line)
-                if line.startswith("step "):
-                    break
-            assert seen[-1].startswith("step "), "".join(seen)
-        time.sleep(randomness.uniform(0, 0.3))
-        assert process.poll() is None, "the run was over before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        words = command(tiny_model, rows, run, *resume)[3:]
+        killed(words, randomness.uniform(0, 0.3), awaits_step=kill % 7 != 6)  # every seventh is killed while it starts
     done = subprocess.run(command(tiny_model, rows, run, "--resume_from_checkpoint", str(run)), env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     wanted, found = (load_file(checkpoints_in(place)[-1] / "adapter_model.safetensors") for place in (whole, run))

@@ -156,25 +156,36 @@ import sys, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 from modelopt.torch.export import export_tensorrt_llm_checkpoint
-source, target, kind = sys.argv[1:4]
-for split in sys.argv[4:]:
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    tensor, pipeline = map(int, split.split("x"))
-    export_tensorrt_llm_checkpoint(model, kind, torch.bfloat16, Path(target) / split, tensor, pipeline)
+root, splits = Path(sys.argv[1]), sys.argv[2].split(",")
+for family, kind in (word.split(":") for word in sys.argv[3:]):
+    for split in splits:
+        model = AutoModelForCausalLM.from_pretrained(root / family, dtype=torch.bfloat16)
+        tensor, pipeline = map(int, split.split("x"))
+        export_tensorrt_llm_checkpoint(model, kind, torch.bfloat16, root / "theirs" / family / split, tensor, pipeline)
 """
+KINDS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen", "qwen3": "qwen", "gemma": "gemma"}
+
+
+@pytest.fixture(scope="module")
+def by_modelopt(tmp_path_factory):
+    """Models of all families in a folder, and what NVIDIA's package makes of them in ``theirs``, in a process of its own: its
+    import, which takes half a minute, changes classes of transformers."""
+    root = tmp_path_factory.mktemp("modelopt")
+    for family in KINDS:
+        saved(family, root / family, torch.bfloat16)
+    splits = ",".join(f"{tensor}x{pipeline}" for tensor, pipeline in SPLITS)
+    words = [sys.executable, "-W", "ignore", "-c", MODELOPT, str(root), splits, *(f"{family}:{kind}" for family, kind in KINDS.items())]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return root
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
-def test_ranks_are_those_that_nvidia_modelopt_writes(family, tmp_path):
-    model = saved(family, tmp_path / "m", torch.bfloat16)
-    kind = {"mistral": "llama", "qwen2": "qwen", "qwen3": "qwen"}.get(family, family)
-    splits = [f"{tensor}x{pipeline}" for tensor, pipeline in SPLITS]
-    words = [sys.executable, "-W", "ignore", "-c", MODELOPT, str(model.path), str(tmp_path / "theirs"), kind, *splits]
-    done = subprocess.run(words, capture_output=True, text=True)  # its import changes classes of transformers
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("family", KINDS)
+def test_ranks_are_those_that_nvidia_modelopt_writes(family, by_modelopt, tmp_path):
+    model = ModelFolder(by_modelopt / family, family)
     for tensor, pipeline in SPLITS:
-        ours, theirs = tmp_path / f"{tensor}x{pipeline}", tmp_path / "theirs" / f"{tensor}x{pipeline}"
+        ours, theirs = tmp_path / f"{tensor}x{pipeline}", by_modelopt / "theirs" / family / f"{tensor}x{pipeline}"
         written(model, ours, torch_dtype=None, tensorrt_tp_size=tensor, tensorrt_pp_size=pipeline)
         found, wanted = (json.loads((folder / "config.json").read_text()) for folder in (ours, theirs))
         same = (set(found) & set(wanted)) - {"logits_dtype", "use_parallel_embedding", "share_embedding_table"}
