@@ -158,7 +158,7 @@ def choices_of(mode: Choosing | Writing, fields: dict[str, Any], where: str) -> 
 
 
 def _index(gold: Any, choices: list[str], where: str) -> int:
-    """The place of the right answer, given as a number, a choice, or the letter of one."""
+    """The place of the right answer, given as a number or as the text of a choice."""
     if isinstance(gold, bool):
         gold = int(gold)
     if isinstance(gold, int):

@@ -26,7 +26,7 @@ from swift.evaluate.generation import sampling_of
 from swift.evaluate.judging import Extractor, Found, Judged, Metric, Question, Setting
 from swift.evaluate.metrics import METRICS
 from swift.evaluate.pictured import Pictures, data_url, messages_of, parts_of, shown
-from swift.evaluate.prompt import Prompt, check_syntax, render, value
+from swift.evaluate.prompt import Prompt, check_syntax, names_in, render, value
 from swift.evaluate.settings import Settings
 from swift.evaluate.spec import TaskSpec, Writing
 from swift.evaluate.written import Written
@@ -200,17 +200,21 @@ class Generated:
             return Question(fields=fields), tuple(str(one) for one in golds)
         given = value(self.mode.choices, fields, where) if isinstance(self.mode.choices, str) else self.mode.choices
         choices = [str(choice) for choice in given]
-        if all(len(choice) == 1 and choice in LETTERS for choice in choices):
+        letters = LETTERS[: len(choices)]
+        # Of a row, single letters are texts as others are: blood groups, symbols of elements.
+        is_of_row = isinstance(self.mode.choices, str) and names_in(expressions=[self.mode.choices])
+        if not is_of_row and all(len(choice) == 1 and choice in LETTERS for choice in choices):
             letters, choices = "".join(choices), []
-        else:
-            letters = LETTERS[: len(choices)]
         return Question(letters, tuple(choices), fields), tuple(_as_letter(one, letters, choices, where) for one in golds)
 
 
 def _as_letter(gold: Any, letters: str, choices: Sequence[str], where: str) -> str:
+    """The letter of the right answer, given as its place, its letter or its text. A letter is never the text of another choice."""
     if isinstance(gold, int) and 0 <= gold < len(letters):
         return letters[gold]
     text = str(gold).strip()
+    if len(text) == 1 and text in letters:
+        return text
     if text in choices:
         return letters[choices.index(text)]
     if len(text) == 1 and text.upper() in letters:

@@ -179,6 +179,20 @@ def test_a_right_answer_that_is_no_choice_is_refused(task):
         task(rows=[{**ROWS[0], "answer": "C"}])
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "gold", "answer"),
+    [("B", "A", "A", "A"), ("C", "N", "B", "B"), ("snow", "ice", "ice", "B"), ("snow", "ice", "b", "B"), ("snow", "ice", 1, "B")],
+)
+def test_choices_that_are_letters_themselves_are_texts_like_others(task, first, second, gold, answer):
+    outcome = scored(task(rows=[{"question": "Which?", "A": first, "B": second, "answer": gold}]), answer)
+    assert (outcome.gold, outcome.prediction, outcome.metrics["acc"]) == (answer, answer, 1.0)
+
+
+def test_letters_that_the_declaration_writes_out_are_the_letters(task):
+    outcome = scored(task(MCQ.replace('choices: "[A, B]"', "choices: [T, F]"), rows=[{**ROWS[0], "answer": "F"}]), "The answer is F.")
+    assert (outcome.gold, outcome.prediction, outcome.metrics["acc"]) == ("F", "F", 1.0)
+
+
 NUMBERS = MCQ.replace('choices: "[A, B]"', "extract: [{regex: {pattern: '=(.*)', select: 0}}, number]\n    metrics: [number, rouge]")
 
 
