@@ -67,7 +67,9 @@ class Generated:
         self._metrics = self._made_metrics()
         names = [name for metric in self._metrics for name in metric.names]
         main = mode.metrics[0] if mode.metrics[0] in names else names[0]
-        digest = hashlib.sha256(f"{declared.about.digest} {sampling} {is_chat} {asker.is_remote}".encode()).hexdigest()
+        system = declared.settings.system if asker.is_remote and is_chat else None  # the declaration's digest has it of a template
+        asked = f"{declared.about.digest} {sampling} {is_chat} {asker.is_remote}" + ("" if system is None else f" {system!r}")
+        digest = hashlib.sha256(asked.encode()).hexdigest()
         self.about = replace(declared.about, metric=main, uses_chat_template=is_chat, digest=digest)
         check_syntax([str(mode.arguments[name]) for name in _ARGUMENTS if name in mode.arguments], expressions=True)
         for example in declared.data.examples:  # a wrong answer is told before anything is computed

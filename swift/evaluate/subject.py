@@ -122,6 +122,8 @@ def _digest(source: Source) -> str:
             made.update(f"{file.name} {sha256_file(file)}\n".encode())
     config = source.config
     asked = [config.torch_dtype, config.weight_format, config.quant_method, config.quant_bits, config.infer_backend, config.chat_template]
+    if config.max_model_len is not None:  # prompts are cut for it
+        asked.append(str(config.max_model_len))
     made.update(repr(asked).encode())
     return made.hexdigest()
 

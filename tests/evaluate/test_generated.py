@@ -102,6 +102,12 @@ def test_a_server_is_sent_messages_or_text(task):
     assert len({chat.about.digest, plain.about.digest, task().about.digest}) == 3
 
 
+def test_another_system_message_is_another_question_for_a_server_too(task):
+    digests = [task(most=None, system=system).about.digest for system in (None, "Be short.", "Be long.")]
+    assert len(set(digests)) == 3
+    assert asked(task(most=None, system="Be short.")).request.messages[0]["content"].startswith("Be short.")
+
+
 def test_what_is_found_in_an_answer_and_what_is_not(task):
     made = task()
     right, wrong, none = scored(made, " A."), scored(made, "The answer is (B)"), scored(made, "Snow is", reason="length")

@@ -113,6 +113,13 @@ def test_other_questions_or_another_model_have_files_of_their_own(tmp_path: Path
     assert len(list((out / "items").iterdir())) == 2
 
 
+def test_answers_to_prompts_that_were_cut_are_not_those_of_whole_ones(tmp_path: Path, model: Path, data: Path) -> None:
+    cut = evaluate(model, data=data, out=tmp_path / "out", eval_num_fewshot=1, max_model_len=40).models[0].tasks[0]
+    whole = evaluate(model, data=data, out=tmp_path / "out", eval_num_fewshot=1).models[0].tasks[0]
+    assert [outcome.detail.get("notes", {}) for outcome in whole.outcomes] == [{}, {}, {}]
+    assert all(outcome.detail["notes"]["shots_left_out"] == 1 for outcome in cut.outcomes)
+
+
 def test_a_smaller_limit_takes_what_was_answered(tmp_path: Path, model: Path, data: Path) -> None:
     evaluate(model, data=data, out=tmp_path / "out")
     fewer = evaluate(model, data=data, out=tmp_path / "out", eval_limit=1)
