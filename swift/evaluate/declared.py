@@ -8,12 +8,13 @@ from typing import Any
 
 import msgspec
 
+from swift.config.evaluate import EvalConfig
 from swift.errors import ConfigError, DataError
 from swift.evaluate import TASKS
 from swift.evaluate.base import About, Example, Task
 from swift.evaluate.prompt import Chat, Prompt, Shot, check_syntax, render, scope, value
 from swift.evaluate.read import Data, read
-from swift.evaluate.settings import Settings, settings_of
+from swift.evaluate.settings import Settings, refuse_without_effect, settings_of
 from swift.evaluate.spec import Choosing, Mode, Reading, TaskSpec, Writing
 
 LETTERS = ascii_uppercase
@@ -29,6 +30,8 @@ def make_task(spec: TaskSpec, config: Any, tokenizer: Any, max_model_len: int | 
         made: Task = TASKS.get(spec.python)(spec, config, tokenizer, max_model_len)
         return made
     settings = settings_of(spec, config)
+    if isinstance(config, EvalConfig):
+        refuse_without_effect(config, tokenizer)
     mode = settings.mode_of(spec)
     _check_syntax(spec, mode)
     if settings.mode == "generate":

@@ -12,7 +12,7 @@ from swift import hub
 from swift.data.sources import BUILT_IN
 from swift.errors import DataError, HubError, near
 from swift.evaluate.settings import Settings
-from swift.evaluate.spec import Layout, TaskSpec, normal, task_names
+from swift.evaluate.spec import Layout, TaskSpec, names_of, normal, task_names
 from swift.files import visible_files
 from swift.hub.reference import default_hub
 
@@ -74,7 +74,7 @@ def _suffixes(layout: Layout) -> set[str]:
 
 def _own_folder(spec: TaskSpec, folder: Path) -> Path | None:
     """The folder or archive in ``folder`` that is named like the task."""
-    names = {spec.name, *map(normal, spec.aliases)}
+    names = names_of(spec)
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
     named = [child for child in inside if normal(child.name if child.is_dir() else child.stem) in names]
     return next((child for child in named if child.is_dir() or child.suffix == ".zip"), None)

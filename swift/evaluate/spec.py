@@ -164,6 +164,11 @@ def normal(name: str) -> str:
     return name.strip().lower().replace("-", "_").replace(" ", "_")
 
 
+def names_of(spec: TaskSpec) -> set[str]:
+    """What the task may be called, in the form in which names are compared."""
+    return {normal(name) for name in (spec.name, *spec.aliases)}
+
+
 def task_names() -> list[str]:
     """All declared tasks."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))

@@ -234,6 +234,8 @@ def test_without_data_and_network_the_folder_option_is_named() -> None:
         ({"mmlu": {"few_shot_num": -1}}, "few_shot_num of mmlu is -1"),
         ({"mmlu": {"subset_list": 3}}, "subset_list of mmlu is 3"),
         ({"mmlu": 3}, "mmlu is 3, not an object"),
+        ({"mmul": {"few_shot_num": 3}}, "'mmul' is no task that is asked"),
+        ({"mmlu": {"num_samples": 3}}, "num_samples of mmlu has no effect in mode letter"),
         ({"mmlu": {"local_path": 3}}, "local_path of mmlu is 3, not a text"),
     ],
 )
@@ -242,6 +244,20 @@ def test_wrong_settings_of_a_task_are_refused(given: dict[str, Any], message: st
     with pytest.raises(ConfigError) as caught:
         settings_of(spec, eval_config(eval_dataset_args=given))
     assert message in caught.value.message
+
+
+def test_settings_are_found_by_any_spelling_of_the_name(tmp_path: Path) -> None:
+    text = (
+        "name: my-task\ntitle: Mine\nlicence: MIT\nsplit: test\nsource: {layouts: [{splits: {test: [test.jsonl]}}]}\n"
+        'shots: {rows: [{q: x, a: A}]}\nmodes:\n  letter: {prompt: "{{ q }}", choices: [A, B], gold: a}\n'
+    )
+    path = write(tmp_path / "mine.yaml", text)
+    for name in ("my-task", "my_task"):
+        config = eval_config(eval_dataset=[str(path)], eval_dataset_args={name: {"few_shot_num": 1}})
+        assert settings_of(find_task(str(path)), config).num_fewshot == 1
+    write(tmp_path / "data" / "my-task" / "test.jsonl", '{"q": "x", "a": "A"}\n')
+    write(tmp_path / "data" / "other" / "x.jsonl", "{}\n")
+    assert len(data_of(str(path), tmp_path / "data").examples) == 1
 
 
 def test_a_mode_that_the_task_does_not_have_is_refused() -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from swift.config.evaluate import EvalConfig
+from swift.config.options import build
 from swift.engine.scoring import Score
 from swift.errors import ConfigError, DataError
 from swift.evaluate.base import Asked, Example, Task
@@ -179,6 +181,24 @@ def test_equal_settings_have_equal_digests_and_others_have_not(tmp_path: Path) -
         task_of("mmlu", tmp_path, eval_num_fewshot=1, use_chat_template=True),
     ]
     assert len({first, *(task.about.digest for task in others)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"system": "Be short."}, "--system has no effect without the chat template"),
+        ({"max_new_tokens": 5}, "--max_new_tokens has no effect where no answers are written"),
+        ({"eval_generation_config": {"temperature": 1}}, "--eval_generation_config has no effect where no answers are written"),
+    ],
+)
+def test_options_that_no_task_reads_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    def make(*names: str) -> Task:
+        given = {"models": ["m"], "eval_dataset": list(names), "eval_data_dir": str(make_mmlu(tmp_path)), "eval_num_fewshot": 0, **options}
+        return make_task(find_task("mmlu"), build(EvalConfig, ("argument", given)), make_tokenizer(), 2048)
+
+    with pytest.raises(ConfigError, match=message):
+        make("mmlu")
+    assert make("mmlu", "gsm8k").about.mode == "letter"  # of which the second writes answers, with the template
 
 
 def test_an_unknown_metric_is_refused_with_a_near_one(tmp_path: Path) -> None:
