@@ -13,9 +13,9 @@ from swift.errors import ConfigError, DataError
 from swift.evaluate import TASKS
 from swift.evaluate.base import About, Example, Task
 from swift.evaluate.prompt import Chat, Prompt, Shot, check_syntax, render, scope, value
-from swift.evaluate.read import Data, read
+from swift.evaluate.read import Data, read, texts_of
 from swift.evaluate.settings import Settings, refuse_without_effect, settings_of
-from swift.evaluate.spec import Choosing, Mode, Reading, TaskSpec, Writing
+from swift.evaluate.spec import AnyMode, Choosing, Mode, Reading, TaskSpec, Writing
 
 LETTERS = ascii_uppercase
 """Of choices."""
@@ -49,13 +49,11 @@ def make_task(spec: TaskSpec, config: Any, tokenizer: Any, max_model_len: int | 
     return scored.Choices(declared, mode, tokenizer, max_model_len)
 
 
-def _check_syntax(spec: TaskSpec, mode: Mode | Reading) -> None:
-    expressions = [*spec.fields.values(), *(drop.when for drop in spec.drop), *(text for text in (spec.id, spec.cluster) if text)]
-    expressions += [text for layout in spec.source.layouts for text in layout.fields.values()]
-    if isinstance(mode, Choosing | Writing):
-        expressions += [text for text in (mode.choices, mode.gold) if isinstance(text, str) and text]
-    check_syntax(expressions, expressions=True)
-    check_syntax([mode.text, mode.context] if isinstance(mode, Reading) else [mode.description, mode.prompt], expressions=False)
+def _check_syntax(spec: TaskSpec, mode: AnyMode) -> None:
+    templates, expressions = texts_of(spec, mode)
+    fields = [text for layout in spec.source.layouts for text in layout.fields.values()]
+    check_syntax([*spec.fields.values(), *fields, *expressions], expressions=True)
+    check_syntax(templates, expressions=False)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from swift.evaluate.base import Example
 from swift.evaluate.layout import File, Located, locate
 from swift.evaluate.prompt import names_in, scope, value
 from swift.evaluate.settings import Settings
-from swift.evaluate.spec import Choosing, Layout, Reading, TaskSpec, Writing
+from swift.evaluate.spec import AnyMode, Choosing, Layout, Reading, TaskSpec, Writing
 
 
 @dataclass(frozen=True)
@@ -185,24 +185,31 @@ class _Reader:
 def needed_columns(spec: TaskSpec, settings: Settings, layout: Layout) -> list[str]:
     """The columns that rows must have, sorted: what the declaration reads and does not compute itself."""
     mode = settings.mode_of(spec)
-    templates: list[str] = []
-    expressions = [drop.when for drop in spec.drop] + [text for text in (spec.id, spec.cluster) if text]
-    if isinstance(mode, Reading):
-        templates += [mode.text, mode.context]
-        expressions += [mode.original] if mode.original else []
-    else:
-        templates += [mode.description, mode.prompt]
-    if isinstance(mode, Choosing | Writing):
-        expressions += [text for text in (mode.choices, mode.gold) if isinstance(text, str) and text]
-    if isinstance(mode, Choosing):
-        templates.append(mode.ending)
-        expressions += [mode.contexts] if mode.contexts else []
-    if isinstance(mode, Writing):
-        templates += [mode.prefix] + ([mode.target] if settings.num_fewshot else [])
+    templates, expressions = texts_of(spec, mode)
+    if isinstance(mode, Writing) and not settings.num_fewshot:
+        templates.remove(mode.target)
     needed = names_in(templates, expressions) - {"split"}
     for name, expression in reversed([*layout.fields.items(), *spec.fields.items()]):
         needed = needed - {name} | names_in(expressions=[expression])
     return sorted(needed)
+
+
+def texts_of(spec: TaskSpec, mode: AnyMode) -> tuple[list[str], list[str]]:
+    """(templates, expressions) by which rows are left out, asked and judged in ``mode``."""
+    templates: list[str] = []
+    expressions = [*(drop.when for drop in spec.drop), spec.id, spec.cluster]
+    if isinstance(mode, Reading):
+        templates += [mode.text, mode.context]
+        expressions.append(mode.original)
+    else:
+        templates += [mode.description, mode.prompt]
+        expressions += [mode.choices if isinstance(mode.choices, str) else None, mode.gold]
+    if isinstance(mode, Choosing):
+        templates.append(mode.ending)
+        expressions.append(mode.contexts)
+    if isinstance(mode, Writing):
+        templates += [mode.prefix, mode.target]
+    return templates, [text for text in expressions if text]
 
 
 def rows(path: Path, header: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:

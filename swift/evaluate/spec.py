@@ -179,12 +179,11 @@ def find_task(name: str) -> TaskSpec:
     if name.endswith((".yaml", ".yml")):
         return load_task(Path(name).expanduser())
     wanted = normal(name)
-    path = FOLDER / f"{wanted}.yaml"
-    if path.parent == FOLDER and path.is_file():
-        return load_task(path)
+    if wanted in task_names():
+        return _built_in(wanted)
     aliases = _aliases()
     if wanted in aliases:
-        return load_task(FOLDER / f"{aliases[wanted]}.yaml")
+        return _built_in(aliases[wanted])
     match = near(wanted, [*task_names(), *aliases])
     hint = f"did you mean {match!r}?" if match else "swift eval --list_tasks true shows all; a YAML file declares one of your own"
     raise ConfigError(f"unknown task {name!r}", hint=hint)
@@ -193,7 +192,7 @@ def find_task(name: str) -> TaskSpec:
 def task_table() -> tuple[list[str], list[list[str]]]:
     """What ``--list_tasks`` shows: the heads of columns, and a row a task. The first mode is the default."""
     heads = ["name", "modes", "shots", "language", "licence", "what it is"]
-    specs = [load_task(FOLDER / f"{name}.yaml") for name in task_names()]
+    specs = [_built_in(name) for name in task_names()]
     return heads, [
         [spec.name, " ".join(spec.modes), str(spec.shots.count), spec.language, spec.licence, _what(spec.title)] for spec in specs
     ]
@@ -208,12 +207,16 @@ def _what(title: str) -> str:
 def _aliases() -> dict[str, str]:
     found: dict[str, str] = {}
     for name in task_names():
-        for alias in load_task(FOLDER / f"{name}.yaml").aliases:
+        for alias in _built_in(name).aliases:
             assert found.setdefault(normal(alias), name) == name, f"two tasks have the alias {alias}"
     return found
 
 
 @functools.cache
+def _built_in(name: str) -> TaskSpec:
+    return load_task(FOLDER / f"{name}.yaml")
+
+
 def load_task(path: Path) -> TaskSpec:
     """The declaration in a YAML file; ConfigError names the file and what is wrong in it."""
     raw = _read_yaml(path)
@@ -225,6 +228,10 @@ def load_task(path: Path) -> TaskSpec:
     spec = _convert(path, "", {**raw, "modes": {}}, TaskSpec)
     if not made and spec.python is None:
         raise ConfigError(f"{path}: no mode is declared", hint=f"declare one of {', '.join(MODE_KINDS)} under modes:")
+    if not re.fullmatch(r"\w[\w.-]*", spec.name):
+        raise ConfigError(f"{path}: name is {spec.name!r}", hint="files are named by it: use letters, digits, _, - and .")
+    if none := next((name for name, mode in made.items() if not mode.metrics), None):
+        raise ConfigError(f"{path}: modes.{none} has no metrics", hint="leave metrics out for those that the mode has by default")
     whole: TaskSpec = msgspec.structs.replace(spec, modes=made)
     _check_splits(path, whole)
     return whole

@@ -55,7 +55,6 @@ def task(tmp_path):
         (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DEV))
         (tmp_path / "task.yaml").write_text(text)
-        load_task.cache_clear()
         spec = load_task(tmp_path / "task.yaml")
         settings = Settings(mode="generate", num_fewshot=shots, data_dir=str(tmp_path), **settings)
         return make_generated(spec, settings, tokenizer or make_tokenizer(), most, config)

@@ -54,6 +54,12 @@ def test_an_error_in_a_text_names_the_row_and_the_text() -> None:
         render("{{ b }}", {"a": 1}, "mine.csv:7")
 
 
+def test_a_column_may_have_any_name_and_a_pattern_be_wrong() -> None:
+    assert value("a", {"a": 1, "self": 2}) == 1
+    with pytest.raises(DataError, match=r"here:1: .* cannot be computed: missing \)"):
+        value("a | regex_replace('(', '')", {"a": "x"}, "here:1")
+
+
 def test_columns_that_texts_read_are_found() -> None:
     assert names_in(["{{ q.strip() }} {% for one in many %}{{ one }}{% endfor %}"], ["[A, B]", "row.get('x', category)"]) == {
         "q", "many", "A", "B",

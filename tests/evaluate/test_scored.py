@@ -201,6 +201,25 @@ def test_options_that_no_task_reads_are_refused(tmp_path: Path, options: dict[st
     assert make("mmlu", "gsm8k").about.mode == "letter"  # of which the second writes answers, with the template
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "choice: {prompt: x, choices: [A, B], gold: '0', contexts: '[a'}",
+        "choice: {prompt: x, choices: [A, B], gold: '0', ending: '{{ a'}",
+        "generate: {prompt: x, gold: a, prefix: '{{ a'}",
+        "generate: {prompt: x, gold: a, target: '{{ a'}",
+        "perplexity: {text: x, original: '[a'}",
+    ],
+)
+def test_every_text_of_a_declaration_is_checked_before_data_are_read(tmp_path: Path, mode: str) -> None:
+    path = write(
+        tmp_path / "mine.yaml",
+        f'name: mine\ntitle: Mine\nlicence: MIT\nsplit: test\nsource: {{layouts: [{{splits: {{test: ["*.jsonl"]}}}}]}}\nmodes:\n  {mode}\n',
+    )
+    with pytest.raises(DataError, match="is no Jinja"):
+        make_task(find_task(str(path)), eval_config(eval_data_dir=str(tmp_path)), make_tokenizer(), 64)
+
+
 def test_an_unknown_metric_is_refused_with_a_near_one(tmp_path: Path) -> None:
     path = write(
         tmp_path / "mine.yaml",
