@@ -12,9 +12,11 @@ from swift.engine.scoring import Score
 from swift.errors import ConfigError, DataError
 from swift.evaluate.base import Asked, Example, Task
 from swift.evaluate.declared import make_task
+from swift.evaluate.report.details import notes
 from swift.evaluate.scored import METRICS, Scored
 from swift.evaluate.spec import find_task
 from tests.evaluate.rows import eval_config, make_ceval, make_mmlu, make_ocnli, write
+from tests.evaluate.test_encode import make_tokenizer as nine_tokens
 from tests.tiny import make_tokenizer
 
 
@@ -163,6 +165,39 @@ def test_an_answer_that_is_none_of_the_choices_is_named(tmp_path: Path, mode: st
     with pytest.raises(DataError) as caught:
         task_of("mmlu", tmp_path, eval_num_fewshot=0, eval_mode=mode)
     assert caught.value.message.startswith(f"{path}:1: answer") and "none of" in caught.value.message
+
+
+def test_a_choice_without_text_is_named_before_anything_is_asked(tmp_path: Path) -> None:
+    path = write(make_ceval(tmp_path) / "val" / "law_val.csv", "id,question,A,B,C,D,answer\n0,谁审判？,云,,鱼,树,A\n")
+    with pytest.raises(DataError, match=f"{path}:2: choice 2 of 4 is empty"):
+        task_of("ceval", tmp_path, eval_num_fewshot=0, eval_mode="choice")
+
+
+def test_a_text_that_is_empty_is_named_before_anything_is_asked(tmp_path: Path) -> None:
+    path = write(tmp_path / "texts.jsonl", '{"text": "Snow."}\n{"text": ""}\n')
+    with pytest.raises(DataError, match=f"{path}:2: the text is empty"):
+        task_of("general_text", tmp_path)
+
+
+def test_a_choice_that_is_longer_than_the_model_is_named(tmp_path: Path) -> None:
+    task = task_of("mmlu", make_mmlu(tmp_path), eval_num_fewshot=0, eval_mode="choice", max_model_len=1)
+    with pytest.raises(DataError, match=r"astronomy_test.csv:1: the text to score has \d+ tokens, the model reads 1"):
+        task.requests(task.examples()[0])
+
+
+def test_choices_that_the_tokenizer_joins_to_the_question_are_counted(tmp_path: Path) -> None:
+    write(
+        tmp_path / "mine.yaml",
+        'name: mine\ntitle: Mine\nlicence: MIT\nsplit: test\nsource: {layouts: [{splits: {test: ["*.jsonl"]}}]}\n'
+        'modes:\n  choice: {prompt: "{{ q }}", choices: c, gold: "0", delimiter: ""}\n',
+    )
+    write(tmp_path / "rows.jsonl", '{"q": "xa", "c": ["bb", "xb"]}\n{"q": "xx", "c": ["bb", "xb"]}\n')
+    task = make_task(find_task(str(tmp_path / "mine.yaml")), eval_config(eval_data_dir=str(tmp_path)), nine_tokens(), 64)
+    joined, apart = (task.requests(example) for example in task.examples())
+    # "xabb" is x ab b: of "bb" one b is scored, as lm-eval has it.
+    assert [len(text.tokens) - text.start for text in (*joined.texts, *apart.texts)] == [1, 2, 2, 2]
+    outcomes = [task.score(example, asked, scores(-1.0, -2.0)) for example, asked in zip(task.examples(), (joined, apart), strict=True)]
+    assert notes(outcomes) == {"joined_to_question": 1}
 
 
 def test_fewer_solved_examples_than_wanted_are_told(tmp_path: Path) -> None:
