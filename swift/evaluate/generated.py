@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from swift.data.template import ChatTemplate, text_tokenizer
+from swift.data.template import text_tokenizer
 from swift.engine.base import Completion, Request, Sampling
 from swift.engine.media import ImagePrompts
 from swift.engine.scoring import Score
@@ -74,10 +74,12 @@ class Generated:
         check_syntax([str(mode.arguments[name]) for name in _ARGUMENTS if name in mode.arguments], expressions=True)
         for example in declared.data.examples:  # a wrong answer is told before anything is computed
             self._question(declared.scope(example), declared.where(example))
-        rows = {str(example.fields.get("index", example.id)): example.fields for example in declared.data.examples}
+        rows = {str(example.fields.get("index", example.id)): example.fields for example in declared.data.rows}
         self._pictures = Pictures(rows)
-        if (self._has_images or mode.arguments.get("messages")) and declared.settings.num_fewshot:
-            raise ConfigError(f"task {spec.name} shows images, which solved examples cannot have", hint="give --eval_num_fewshot 0")
+        if self._has_images or mode.arguments.get("messages"):
+            if declared.settings.num_fewshot:
+                raise ConfigError(f"task {spec.name} shows images, which solved examples cannot have", hint="give --eval_num_fewshot 0")
+            asker.check_images()
 
     @property
     def _has_images(self) -> bool:
@@ -119,9 +121,13 @@ class Generated:
             return found
         return [replace(example, id=f"{example.id}#{number}") for example in found for number in range(self._num_samples)]
 
+    def _asked(self, example: Example) -> Example:
+        """The row that ``example`` is an answer to."""
+        return example if self._num_samples == 1 else replace(example, id=example.id.rpartition("#")[0])
+
     def _where(self, example: Example) -> str:
         """File and line, for messages."""
-        return self.declared.where(example if self._num_samples == 1 else replace(example, id=example.id.rpartition("#")[0]))
+        return self.declared.where(self._asked(example))
 
     def requests(self, example: Example) -> Asked:
         """See Task."""
@@ -133,7 +139,7 @@ class Generated:
         if messages:
             return self._asker.with_images(messages, [self._pictures.picture(image, where) for image in images], sampling, where)
         question = render(self.mode.prompt, fields, where)
-        return self._asker.with_text(self.declared.prompt(self.mode, example, question), sampling, where)
+        return self._asker.with_text(self.declared.prompt(self.mode, self._asked(example), question), sampling)
 
     def _with_images(self, fields: dict[str, Any], where: str) -> tuple[list[dict[str, Any]], list[Any]]:
         """Messages and images of a row; no messages if it is a text."""
@@ -170,7 +176,7 @@ class Generated:
         if self.declared.spec.cluster is not None:
             detail["cluster"] = str(value(self.declared.spec.cluster, fields, where))
         elif self._num_samples > 1:
-            detail["cluster"] = example.id.rpartition("#")[0]
+            detail["cluster"] = self._asked(example).id
         ordered = {self.about.metric: metrics[self.about.metric], **metrics}
         return Outcome(example.id, example.category, asked.prompt, " | ".join(golds), found.value, ordered, detail)
 
@@ -244,7 +250,7 @@ class _Asker:
         self._processor = tokenizer if tokenizer is not self._tokenizer else None
         self._reader: ImagePrompts | None = None
 
-    def with_text(self, prompt: Prompt, sampling: Sampling, where: str) -> Asked:
+    def with_text(self, prompt: Prompt, sampling: Sampling) -> Asked:
         """Solved examples are left out from the first on, and then the beginning is cut off, until there is room for the answer."""
         room = self._most - min(sampling.max_new_tokens, self._most // 2)
         num_shots = len(prompt.shots)
@@ -266,18 +272,21 @@ class _Asker:
             return list(ImagePrompts(self._processor, None).to_ids(text))
         return self._encoder.ids(text, special=self._declared.chat is None)
 
-    def with_images(self, messages: list[dict[str, Any]], images: Sequence[Any], sampling: Sampling, where: str) -> Asked:
-        """DataError if the model reads no images, or these do not fit its context."""
+    def check_images(self) -> None:
+        """ModelError or ConfigError if the model is not asked about images."""
         if self._processor is None:
             raise ModelError("the model reads text only, and the task shows images", hint="name a model that reads images")
         if self._declared.chat is None:
             raise ConfigError("images need the model's chat template", hint="remove --use_chat_template false")
-        template: ChatTemplate = self._declared.chat.template
-        self._reader = self._reader or ImagePrompts(self._processor, template)
+        self._reader = ImagePrompts(self._processor, self._declared.chat.template)
         if not self._reader.takes_images:
             raise ModelError("the model's chat template takes no images", hint="--chat_template names another")
+
+    def with_images(self, messages: list[dict[str, Any]], images: Sequence[Any], sampling: Sampling, where: str) -> Asked:
+        """After ``check_images``. DataError if these do not fit the model's context."""
+        assert self._reader is not None and self._declared.chat is not None
         try:
-            ids, media = self._reader.ready(template.text(messages, prompt=True), images)
+            ids, media = self._reader.ready(self._declared.chat.template.text(messages, prompt=True), images)
         except DataError as problem:
             raise DataError(f"{where}: {problem}") from None
         if len(ids) >= self._most:
@@ -293,7 +302,7 @@ class _RemoteAsker:
     def __init__(self, declared: Declared, is_chat: bool, system: str | None) -> None:
         self._declared, self._is_chat, self._system = declared, is_chat, system
 
-    def with_text(self, prompt: Prompt, sampling: Sampling, where: str) -> Asked:
+    def with_text(self, prompt: Prompt, sampling: Sampling) -> Asked:
         """A prefix of the answer is left out of messages, which end with the question."""
         if not self._is_chat:
             text = prompt.plain()
@@ -302,9 +311,12 @@ class _RemoteAsker:
         notes = {"prefix_left_out": prompt.prefix} if prompt.prefix else {}
         return Asked(shown(messages), request=Written(id="", messages=tuple(messages), sampling=sampling), notes=notes)
 
-    def with_images(self, messages: list[dict[str, Any]], images: Sequence[Any], sampling: Sampling, where: str) -> Asked:
+    def check_images(self) -> None:
+        """ConfigError if the server is sent no messages."""
         if not self._is_chat:
             raise ConfigError("images need messages", hint="remove --use_chat_template false")
+
+    def with_images(self, messages: list[dict[str, Any]], images: Sequence[Any], sampling: Sampling, where: str) -> Asked:
         pictures = iter(images)
         sent = [{**message, "content": [_sent(part, pictures) for part in message["content"]]} for message in messages]
         return Asked(shown(messages), request=Written(id="", messages=tuple(sent), sampling=sampling))

@@ -83,7 +83,8 @@ def _expression(text: str) -> Callable[..., Any]:
 
 
 def scope(fields: Mapping[str, Any], category: str, names: Mapping[str, str]) -> dict[str, Any]:
-    """What the texts of a declaration see of a row."""
+    """What the texts of a declaration see of a row; its own column ``category`` where it has no subject."""
+    category = category or str(fields.get("category") or "")
     return {**fields, "row": fields, "category": category, "category_name": names.get(category, category)}
 
 

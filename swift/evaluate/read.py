@@ -21,13 +21,14 @@ from swift.evaluate.spec import AnyMode, Choosing, Layout, Reading, TaskSpec, Wr
 
 @dataclass(frozen=True)
 class Data:
-    """``examples`` that are asked, ``shots`` to take solved examples from, by category ("" for all).
+    """``examples`` that are asked, ``shots`` to take solved examples from, by category ("" for all), ``rows`` all that were read.
 
     ``where`` says file and line of each example, by id; ``counts`` what was left out, by reason.
     """
 
     examples: list[Example]
     shots: Mapping[str, list[Example]]
+    rows: list[Example]
     source: str
     digest: str
     where: Mapping[str, str]
@@ -45,7 +46,8 @@ def read(spec: TaskSpec, settings: Settings) -> Data:
         splits.append(spec.shots.split)
     located = locate(spec, settings, list(dict.fromkeys(splits)))
     reader = _Reader(spec, settings, located.layout)
-    examples = reader.examples(_chosen(spec, settings, located, spec.split), spec.split)
+    read_rows = reader.examples(_chosen(spec, settings, located, spec.split), spec.split)
+    examples = _of_subsets(settings, located, read_rows) if spec.category is not None else read_rows
     counts = dict(reader.counts)  # not of rows that solved examples are taken from
     if not examples:
         raise DataError(f"{located.source}: split {spec.split} of task {spec.name} is empty", hint=_left_out(counts))
@@ -55,7 +57,7 @@ def read(spec: TaskSpec, settings: Settings) -> Data:
     if missing := _num_missing(spec, settings, examples):
         counts["subjects of which there are no data"] = missing
     kept = _first(examples, settings.limit)
-    return Data(kept, shots, located.source, _digest(examples, shots), reader.where, counts)
+    return Data(kept, shots, read_rows, located.source, _digest(read_rows, shots), reader.where, counts)
 
 
 def _shots(spec: TaskSpec, settings: Settings, located: Located, reader: "_Reader") -> dict[str, list[Example]]:
@@ -95,6 +97,8 @@ def _chosen(spec: TaskSpec, settings: Settings, located: Located, split: str) ->
     if not settings.subsets:
         return found
     there = {file.category for file in found}
+    if there == {""} and spec.category is not None:
+        return found  # rows tell their subjects
     if there == {""}:
         raise DataError(f"task {spec.name} has no subjects in its data, so subset_list has no effect", hint="leave subset_list out")
     wanted: dict[str, None] = {}
@@ -106,6 +110,17 @@ def _chosen(spec: TaskSpec, settings: Settings, located: Located, split: str) ->
             raise DataError(f"{located.source}: split {split} has no subject {name!r}", hint=hint)
         wanted |= dict.fromkeys(inside)
     return [file for name in wanted for file in found if file.category == name]
+
+
+def _of_subsets(settings: Settings, located: Located, examples: list[Example]) -> list[Example]:
+    """Those of the wanted subjects, which rows tell. DataError for a subject of which there is no row."""
+    there = {example.category for example in examples}
+    for name in settings.subsets:
+        if name not in there:
+            match = near(name, there)
+            hint = f"did you mean {match!r}?" if match else f"there are: {', '.join(sorted(there)[:8])}"
+            raise DataError(f"{located.source}: no row has the subject {name!r}", hint=hint)
+    return [example for example in examples if not settings.subsets or example.category in settings.subsets]
 
 
 def _num_missing(spec: TaskSpec, settings: Settings, examples: Iterable[Example]) -> int:
@@ -155,7 +170,7 @@ class _Reader:
                 if (empty := next((name for name in self.needed if row[name] is None), None)) is not None:
                     raise DataError(f"{where}: column {empty!r} has no value", hint="fill it, or leave the row out")
                 self.where[id] = where
-                found.append(Example(id, file.category, fields))
+                found.append(Example(id, self._category(where, fields, file.category), fields))
         return found
 
     def _fields(self, where: str, row: Any, category: str) -> dict[str, Any]:
@@ -177,6 +192,11 @@ class _Reader:
         match = near(name, row) or next((column for column in row if column.lower() == name.lower()), None)
         return DataError(f"{where}: column {name!r} is missing; found {shown}", hint=f"is it {match!r}? rename it" if match else None)
 
+    def _category(self, where: str, fields: Mapping[str, Any], category: str) -> str:
+        if category or self.spec.category is None:
+            return category
+        return str(value(self.spec.category, self.scope(fields, category), where))
+
     def _id(self, where: str, fields: Mapping[str, Any], category: str, number: int) -> str:
         own = number if self.spec.id is None else value(self.spec.id, self.scope(fields, category), where)
         return f"{category}/{own}" if category else str(own)
@@ -197,7 +217,7 @@ def needed_columns(spec: TaskSpec, settings: Settings, layout: Layout) -> list[s
 def texts_of(spec: TaskSpec, mode: AnyMode) -> tuple[list[str], list[str]]:
     """(templates, expressions) by which rows are left out, asked and judged in ``mode``."""
     templates: list[str] = []
-    expressions = [*(drop.when for drop in spec.drop), spec.id, spec.cluster]
+    expressions = [*(drop.when for drop in spec.drop), spec.id, spec.category, spec.cluster]
     if isinstance(mode, Reading):
         templates += [mode.text, mode.context]
         expressions.append(mode.original)

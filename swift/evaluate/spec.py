@@ -139,6 +139,8 @@ class TaskSpec(Part, frozen=True, kw_only=True):
     shots: Shots = Shots()
     groups: dict[str, list[str] | dict[str, str]] = {}
     id: str | None = None
+    category: str | None = None
+    """An expression for the subject of a row, where the name of its file tells none."""
     fields: dict[str, str] = {}
     drop: list[Drop] = []
     cluster: str | None = None

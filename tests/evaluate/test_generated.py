@@ -239,9 +239,8 @@ def test_an_engine_answers_as_generate_does(task, tiny_model):
 
 def test_images_need_a_model_that_reads_them(task):
     text = MCQ.replace("gold: answer", "gold: answer\n    arguments: {images: '[A]'}").replace("shots: {split: dev, count: 1}", "")
-    made = task(text, shots=0, rows=[{**ROWS[0], "A": PIXEL}])
     with pytest.raises(ModelError, match="the model reads text only"):
-        asked(made)
+        task(text, shots=0, rows=[{**ROWS[0], "A": PIXEL}])
     with pytest.raises(ConfigError, match="solved examples cannot have"):
         task(MCQ.replace("gold: answer", "gold: answer\n    arguments: {images: '[A]'}"))
 
@@ -255,6 +254,12 @@ def test_several_answers_to_a_question_are_examples_of_one_cluster(task):
     first, second = (asked(made, number).request for number in (0, 1))
     assert first.prompt == second.prompt and first.sampling.seed != second.sampling.seed
     assert scored(made, "A", number=1).detail["cluster"] == "0"
+
+
+def test_a_question_of_several_answers_is_never_its_own_solved_example(task):
+    made = task(MCQ.replace("split: dev, count", "split: test, count"), arguments={"num_samples": 2}, config=Options(temperature=0.8))
+    for number in range(4):
+        assert asked(made, number).prompt.count("Is snow white?") == 1 and asked(made, number).prompt.count("Is ice hot?") == 1
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ def loaded(tmp_path_factory):
     return load_model(folder, processor=load_processor(folder))
 
 
-def task(name, path, loaded, most=512):
-    settings = Settings(mode="generate", num_fewshot=0, local_path=str(path))
+def task(name, path, loaded, most=512, **given):
+    settings = Settings(mode="generate", num_fewshot=0, local_path=str(path), **given)
     return make_generated(find_task(name), settings, loaded.processor if most else None, most)
 
 
@@ -70,6 +70,23 @@ def test_a_table_of_vlmevalkit_is_asked_with_its_images(table, loaded):
     assert (outcome.gold, outcome.prediction, outcome.metrics["acc"]) == ("B", "B", 1.0)
     assert made.score(second, made.requests(second), Completion("C", [1], "stop")).metrics["acc"] == 1.0
     assert made.score(first, asked, Completion("C", [1], "stop")).prediction is None  # there is no third choice
+
+
+def test_rows_tell_their_categories_and_show_images_of_rows_that_are_not_asked(tmp_path, loaded):
+    rows = [
+        {"index": 1, "image": base64_of(picture(1)), "question": "What?", "A": "a", "B": "b", "answer": "A", "category": "OCR"},
+        {"index": 2, "image": "1", "question": "Where?", "A": "a", "B": "b", "answer": "B", "category": "logic"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(example.id, example.category) for example in task("vmcq", path, loaded).examples()] == [("1", "OCR"), ("2", "logic")]
+    made = task("vmcq", path, loaded, subsets=("logic",))
+    (example,) = made.examples()
+    outcome = made.score(example, made.requests(example), Completion("B", [1], "stop"))
+    assert (outcome.id, outcome.category, outcome.metrics["acc"]) == ("2", "logic", 1.0)
+    with pytest.raises(DataError, match="no row has the subject 'logik'") as caught:
+        task("vmcq", path, loaded, subsets=("logik",))
+    assert caught.value.hint == "did you mean 'logic'?"
 
 
 def test_an_engine_that_sees_answers_about_images(table, loaded):
