@@ -119,6 +119,13 @@ def test_thinking_that_a_server_keeps_apart_is_kept():
     assert (found.text, found.finish_reason) == ("<think>A?</think>B", "length")
 
 
+def test_stop_words_end_the_answer_and_not_the_thinking_before_it():
+    body = {"choices": [{"message": {"content": "B\nQuestion: C", "reasoning": "Question: A?"}, "finish_reason": "stop"}]}
+    with served([(200, body)]) as (url, _):
+        (found,) = run(engine(url), chat(0, stop_words=("Question:",)))
+    assert found.text == "<think>Question: A?</think>B\n"
+
+
 def test_an_overloaded_server_is_asked_again():
     with served([(503, {"error": {"message": "busy"}}), (429, {}), reply("A")]) as (url, asked):
         (found,) = run(engine(url), chat(0))
