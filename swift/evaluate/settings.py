@@ -95,7 +95,12 @@ def refuse_without_effect(config: EvalConfig, tokenizer: Any) -> None:
 def _arguments(spec: TaskSpec, config: Any) -> dict[str, Any]:
     """What --eval_dataset_args says of this task, by its name or an alias. ConfigError for a task that is not asked."""
     names = names_of(spec)
-    others = names.union(*(names_of(find_task(name)) for name in config.eval_dataset))
+    asked = [find_task(name) for name in config.eval_dataset]
+    if [one.name for one in asked].count(spec.name) > 1:
+        raise ConfigError(
+            f"--eval_dataset: task {spec.name} is named twice", hint="name each task once, and give your own names of their own"
+        )
+    others = names.union(*map(names_of, asked))
     found: dict[str, Any] = {}
     for name, value in (config.eval_dataset_args or {}).items():
         if normal(name) not in others:

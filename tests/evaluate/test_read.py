@@ -260,6 +260,11 @@ def test_settings_are_found_by_any_spelling_of_the_name(tmp_path: Path) -> None:
     assert len(data_of(str(path), tmp_path / "data").examples) == 1
 
 
+def test_a_task_that_is_named_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--eval_dataset: task ceval is named twice"):
+        settings_of(find_task("ceval"), eval_config(eval_dataset=["ceval", "mmlu", "c-eval"]))
+
+
 def test_a_mode_that_the_task_does_not_have_is_refused() -> None:
     spec = find_task("gsm8k")
     with pytest.raises(ConfigError, match="task gsm8k has no mode letter") as caught:
