@@ -72,8 +72,10 @@ class Generated:
         digest = hashlib.sha256(asked.encode()).hexdigest()
         self.about = replace(declared.about, metric=main, uses_chat_template=is_chat, digest=digest)
         check_syntax([str(mode.arguments[name]) for name in _ARGUMENTS if name in mode.arguments], expressions=True)
-        for example in declared.data.examples:  # a wrong answer is told before anything is computed
-            self._question(declared.scope(example), declared.where(example))
+        for example in declared.data.examples:  # what is wrong in a row is told before anything is computed
+            fields, where = declared.scope(example), declared.where(example)
+            self._question(fields, where)
+            declared.prompt(mode, example, render(mode.prompt, fields, where))
         rows = {str(example.fields.get("index", example.id)): example.fields for example in declared.data.rows}
         self._pictures = Pictures(rows)
         if self._has_images or mode.arguments.get("messages"):

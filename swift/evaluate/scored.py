@@ -86,8 +86,9 @@ class Choices:
         self.asks_alone = "acc_mutual_info" in mode.metrics
         # After a chat template's text an answer begins at once.
         self.delimiter = mode.delimiter if declared.chat is None else ""
-        for example in self.examples():  # a wrong answer is told before anything is computed
+        for example in self.examples():  # what is wrong in a row is told before anything is computed
             self._choices(example)
+            declared.prompt(mode, example, self._questions(example)[0])
 
     def examples(self) -> Sequence[Example]:
         return self.declared.data.examples
@@ -99,15 +100,23 @@ class Choices:
             raise DataError(f"{where}: choice {choices.index('') + 1} of {len(choices)} is empty", hint="a choice needs a text")
         return choices, golds
 
+    def _questions(self, example: Example) -> list[str]:
+        """One for all choices, or one for each."""
+        fields, where = self.declared.scope(example), self.declared.where(example)
+        if self.mode.contexts is None:
+            return [render(self.mode.prompt, fields, where)]
+        found: list[str] = value(self.mode.contexts, fields, where)
+        return found
+
     def requests(self, example: Example) -> Asked:
         """A text for each choice, then, for mutual information, one for each choice without the question."""
         mode, where = self.mode, self.declared.where(example)
-        fields = self.declared.scope(example)
         choices, _ = self._choices(example)
+        questions, endings = self._questions(example), choices
         if mode.contexts is None:
-            questions, endings = [render(mode.prompt, fields, where)] * len(choices), choices
+            questions *= len(choices)
         else:
-            questions, endings = value(mode.contexts, fields, where), [render(mode.ending, fields, where)] * len(choices)
+            endings = [render(mode.ending, self.declared.scope(example), where)] * len(choices)
         delimiter = self.delimiter
         notes: dict[str, Any] = {}
         shown: dict[str, str] = {}

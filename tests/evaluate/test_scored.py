@@ -173,6 +173,15 @@ def test_a_choice_without_text_is_named_before_anything_is_asked(tmp_path: Path)
         task_of("ceval", tmp_path, eval_num_fewshot=0, eval_mode="choice")
 
 
+@pytest.mark.parametrize("mode", ["letter", "choice", "generate"])
+def test_a_question_that_cannot_be_written_is_named_before_anything_is_asked(tmp_path: Path, mode: str) -> None:
+    path = write(
+        tmp_path / "mine.jsonl", '{"question": "2?", "A": 1, "B": 2, "answer": "B"}\n{"question": 2, "A": 1, "B": 2, "answer": "B"}\n'
+    )
+    with pytest.raises(DataError, match=f"{path}:2: .* cannot be computed: 'int object' has no attribute 'strip'"):
+        task_of("general_mcq", tmp_path, eval_mode=mode)
+
+
 def test_a_text_that_is_empty_is_named_before_anything_is_asked(tmp_path: Path) -> None:
     path = write(tmp_path / "texts.jsonl", '{"text": "Snow."}\n{"text": ""}\n')
     with pytest.raises(DataError, match=f"{path}:2: the text is empty"):
