@@ -144,9 +144,8 @@ def _digest(spec: TaskSpec, settings: Settings, data: Data, uses_chat: bool) -> 
     return hashlib.sha256(msgspec.json.encode(what, order="deterministic")).hexdigest()
 
 
-def choices_of(mode: Choosing | Writing, fields: dict[str, Any], where: str) -> tuple[list[str], list[int]]:
+def choices_of(mode: Choosing, fields: dict[str, Any], where: str) -> tuple[list[str], list[int]]:
     """The texts of the choices, and the indices of the right ones. DataError for an answer that is none of them."""
-    assert mode.choices is not None
     found = value(mode.choices, fields, where) if isinstance(mode.choices, str) else mode.choices
     if not isinstance(found, Sequence) or isinstance(found, str) or len(found) < 1:
         raise DataError(f"{where}: the choices are {_shown(found)}, not a list of texts")
@@ -154,7 +153,7 @@ def choices_of(mode: Choosing | Writing, fields: dict[str, Any], where: str) -> 
     gold = value(mode.gold, fields, where)
     golds = [_index(one, choices, f"{where}: {mode.gold}") for one in (gold if isinstance(gold, list | tuple) else [gold])]
     if not golds:
-        raise DataError(f"{where}: no choice is right")
+        raise DataError(f"{where}: no choice is right, by {mode.gold}")
     return choices, golds
 
 

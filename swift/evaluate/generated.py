@@ -209,8 +209,8 @@ class Generated:
         if self.mode.choices is None:
             return Question(fields=fields), tuple(str(one) for one in golds)
         given = value(self.mode.choices, fields, where) if isinstance(self.mode.choices, str) else self.mode.choices
-        choices = [str(choice) for choice in given]
-        letters = LETTERS[: len(choices)]
+        choices = [str(choice) for choice in (given.values() if isinstance(given, Mapping) else given)]
+        letters = "".join(given) if isinstance(given, Mapping) else LETTERS[: len(choices)]
         # Of a row, single letters are texts as others are: blood groups, symbols of elements.
         is_of_row = isinstance(self.mode.choices, str) and names_in(expressions=[self.mode.choices])
         if not is_of_row and all(len(choice) == 1 and choice in LETTERS for choice in choices):

@@ -237,6 +237,8 @@ def rows(path: Path, header: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
     suffix = files.suffix_of(path)
     if suffix in (".csv", ".tsv"):
         return _table(path, "," if suffix == ".csv" else "\t", list(header))
+    if suffix == ".parquet" and not isinstance(path, Path):  # a member of an archive
+        raise DataError(f"{path}: parquet is not read out of an archive", hint="unpack it")
     return files.read(path)
 
 

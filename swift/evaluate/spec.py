@@ -91,7 +91,7 @@ class Writing(Mode, frozen=True, kw_only=True):
     """Mode generate: an answer is written, up to one of ``stop`` or ``max_new_tokens``; ``extract`` finds in it what is compared.
 
     ``target`` is the answer of a solved example, ``gold`` an expression for what is right; ``prefix`` begins the answer.
-    ``extract`` and ``arguments`` are read by the module ``generated``.
+    ``choices``: as above, or an expression for texts by their letters. ``extract`` and ``arguments`` are read by the module ``generated``.
     """
 
     target: str = ""

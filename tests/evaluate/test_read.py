@@ -74,6 +74,13 @@ def test_an_archive_as_it_was_downloaded_is_read(tmp_path: Path) -> None:
     assert inside.where["law/0"].endswith("ceval-exam.zip/ceval-exam/val/law_val.csv:2")
 
 
+def test_parquet_in_an_archive_is_refused_in_one_line(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "mmlu.zip", "w") as archive:
+        archive.writestr("astronomy/test-0.parquet", b"PAR1")
+    said = refusal("mmlu", tmp_path)
+    assert said.message.endswith("test-0.parquet: parquet is not read out of an archive") and said.hint == "unpack it"
+
+
 def test_parquet_files_of_a_hub_hold_the_same_questions(tmp_path: Path) -> None:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]

@@ -162,6 +162,19 @@ def test_a_row_becomes_the_prompt_and_the_right_answer(
     assert (value(mode.gold, fields) if mode.gold else None) == gold
 
 
+@pytest.mark.parametrize("mode", ["letter", "choice", "generate"])
+def test_choices_keep_their_letters_where_one_of_them_is_empty(tmp_path: Path, mode: str) -> None:
+    put(tmp_path, {"mine.jsonl": [{"question": "Hot?", "A": "Ice", "B": "", "C": "Fire", "D": "Fog", "answer": "D"}]})
+    task = make_task(find_task("general_mcq"), eval_config(eval_data_dir=str(tmp_path), eval_mode=mode), make_tokenizer(), 4096)
+    (example,) = task.examples()
+    asked = task.requests(example)
+    answer: Any = Completion("D", [1], "stop")
+    if mode != "generate":
+        answer = [Score((-2.0,), False), Score((-3.0,), False), Score((-1.0,), False)] * (len(asked.texts) // 3)
+    outcome = task.score(example, asked, answer)
+    assert (outcome.gold, outcome.metrics["acc"]) == ("Fog" if mode == "choice" else "D", 1.0)
+
+
 @pytest.mark.parametrize(
     ("answer", "found"),
     [("So the answer is (B).", "(B)"), ("So the answer is (B).\n\nLet me know if you have questions.", "(B)"), ("Perhaps (B).", None)],
