@@ -10,6 +10,10 @@ from swift.errors import ConfigError
 
 EVALUATORS = ("native", "evalscope", "lm_eval", "opencompass", "vlmevalkit")
 MODES = ("letter", "choice", "generate", "perplexity")
+_OF_ENGINES = tuple(
+    "adapters torch_dtype attn_impl device chat_template quant_method quant_bits"
+    " infer_backend weight_format max_model_len max_batch_size kv_cache_gib num_speculative_tokens".split()
+)
 # As ms-swift writes them: its Native is EvalScope's own back end.
 _SPELLINGS = {name.replace("_", "").replace("-", ""): name for name in EVALUATORS}
 
@@ -76,7 +80,7 @@ class EvalConfig(TasksConfig, GenerateConfig, QuantConfig, ModelConfig):
         if not self.eval_dataset:
             raise ConfigError("no task is given", hint="say --eval_dataset mmlu gsm8k; swift eval --list_tasks true shows all")
         given = [bool(self.models), self.model is not None or bool(self.adapters), self.eval_url is not None]
-        if self.eval_url is None and not any(given):
+        if not any(given):
             raise ConfigError("no model is given", hint="swift eval MODEL --eval_dataset mmlu")
         if self.models and given[1]:
             raise ConfigError("models are given twice: by themselves and by --model or --adapters", hint="keep one")
@@ -90,7 +94,10 @@ class EvalConfig(TasksConfig, GenerateConfig, QuantConfig, ModelConfig):
     def _check_url(self) -> None:
         if self.eval_url is None:
             self.refuse_without_effect(("eval_api_key",), "without --eval_url")
+            if self.eval_backend == "native":
+                self.refuse_without_effect(("eval_num_proc",), "without --eval_url, or --eval_backend of another package")
             return
+        self.refuse_without_effect(_OF_ENGINES, "with --eval_url: the server computes")
         if len(self.models) > 1:
             raise ConfigError(f"--eval_url is one server, not {len(self.models)} models", hint="name the one model that it serves")
         if self.eval_mode in ("letter", "choice", "perplexity"):

@@ -166,6 +166,17 @@ def test_nobody_there_is_one_line():
     assert caught.value.hint == "see --eval_url"
 
 
+@pytest.mark.parametrize("option", [{"max_model_len": 64}, {"quant_method": "bnb", "quant_bits": 4}, {"infer_backend": "transformers"}])
+def test_options_of_engines_are_refused_where_a_server_computes(option):
+    with pytest.raises(ConfigError, match=f"--{next(iter(option))} has no effect with --eval_url"):
+        config("http://127.0.0.1:9/v1", **option)
+
+
+def test_a_number_of_requests_is_refused_where_the_model_is_here():
+    with pytest.raises(ConfigError, match="--eval_num_proc has no effect without --eval_url"):
+        build(EvalConfig, ("argument", {"models": ["m"], "eval_dataset": ["x"], "eval_num_proc": 3}))
+
+
 def test_the_model_is_one_that_the_server_has():
     with served([reply("A")]) as (url, _):
         assert remote_engine(config(url + "/chat/completions", model="large")).model == "large"
