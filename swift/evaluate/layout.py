@@ -26,11 +26,15 @@ class File(NamedTuple):
 
 @dataclass(frozen=True)
 class Located:
-    """The files of the splits that are used, and what named them, for the report."""
+    """The files of the splits that are used, and what named them, for the report.
+
+    ``num_unread`` counts files of a user's folder that other patterns of the layout would match: the first that matches is taken.
+    """
 
     layout: Layout
     splits: dict[str, list[File]]
     source: str
+    num_unread: int = 0
 
 
 def locate(spec: TaskSpec, settings: Settings, splits: Sequence[str]) -> Located:
@@ -55,9 +59,8 @@ def locate(spec: TaskSpec, settings: Settings, splits: Sequence[str]) -> Located
 
 def _local(spec: TaskSpec, place: Path, splits: Sequence[str], option: str) -> Located:
     if place.is_file() and place.suffix != ".zip":
-        file = File("", place)
         layout = next((one for one in spec.source.layouts if _suffixes(one) & {place.suffix}), spec.source.layouts[0])
-        return Located(layout, {spec.split: [file]}, str(place))
+        return Located(layout, {spec.split: [File(_subject_of(spec, layout, place), place)]}, str(place))
     if not place.exists():
         siblings = [child.name for child in place.parent.iterdir()] if place.parent.is_dir() else []
         match = near(place.name, siblings)
@@ -70,6 +73,17 @@ def _local(spec: TaskSpec, place: Path, splits: Sequence[str], option: str) -> L
 
 def _suffixes(layout: Layout) -> set[str]:
     return {Path(pattern).suffix for patterns in layout.splits.values() for pattern in patterns}
+
+
+def _subject_of(spec: TaskSpec, layout: Layout, file: Path) -> str:
+    """The declared subject that the name of a single file tells; "" if it tells none."""
+    for pattern in layout.splits.get(spec.split, ()):
+        for part in (pattern, pattern.rpartition("/")[2]):
+            name = "/".join(file.parts[-part.count("/") - 1 :])
+            match = _regex(part).fullmatch(name)
+            if match is not None and (found := match.groupdict().get("category")) in spec.category_names:
+                return found
+    return ""
 
 
 def _own_folder(spec: TaskSpec, folder: Path) -> Path | None:
@@ -106,7 +120,8 @@ def _find(spec: TaskSpec, place: Path, splits: Sequence[str]) -> Located | None:
         for layout in spec.source.layouts:
             if found := _matched(layout, listing):
                 _check_splits(spec, place, layout, found, splits)
-                return Located(layout, {split: found[split] for split in splits}, str(place))
+                num_unread = 0 if spec.source.hub else _num_unread(layout, listing, found)
+                return Located(layout, {split: found[split] for split in splits}, str(place), num_unread)
     return None
 
 
@@ -151,6 +166,12 @@ def _matched(layout: Layout, listing: Listing) -> dict[str, list[File]]:
                 found[split] = files
                 break
     return found
+
+
+def _num_unread(layout: Layout, listing: Listing, found: dict[str, list[File]]) -> int:
+    patterns = [_regex(pattern) for patterns in layout.splits.values() for pattern in patterns]
+    matching = {path for name, path in listing if any(pattern.fullmatch(name) for pattern in patterns)}
+    return len(matching - {file.path for files in found.values() for file in files})
 
 
 @functools.cache

@@ -56,6 +56,8 @@ def read(spec: TaskSpec, settings: Settings) -> Data:
         _check_shots(spec, settings, located.source, category, len(shots.get(category, shots.get("", []))))
     if missing := _num_missing(spec, settings, examples):
         counts["subjects of which there are no data"] = missing
+    if located.num_unread:
+        counts["files of another kind beside these, not read"] = located.num_unread
     kept = _first(examples, settings.limit)
     return Data(kept, shots, read_rows, located.source, _digest(read_rows, shots), reader.where, counts)
 

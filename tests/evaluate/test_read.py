@@ -129,6 +129,25 @@ def test_a_subject_without_a_file_is_refused(tmp_path: Path) -> None:
     assert said.message == f"{tmp_path}: split test has no subject 'virology'"
 
 
+def test_files_of_another_kind_beside_those_that_are_read_are_counted(tmp_path: Path) -> None:
+    row = '{"question": "Hot?", "A": "Ice", "B": "Fire", "answer": "B"}\n'
+    write(tmp_path / "one_val.csv", "question,A,B,answer\nHot?,Ice,Fire,B\n")
+    assert data_of("general_mcq", tmp_path).counts == {}
+    write(tmp_path / "two_val.jsonl", row)
+    data = data_of("general_mcq", tmp_path)
+    assert [example.id for example in data.examples] == ["one/0"]
+    assert data.counts == {"files of another kind beside these, not read": 1}
+
+
+def test_a_single_file_of_a_subject_is_asked_as_that_subject(tmp_path: Path) -> None:
+    make_mmlu(tmp_path)
+    path = tmp_path / "test" / "astronomy_test.csv"
+    other = write(tmp_path / "mine.csv", path.read_text(encoding="utf-8"))
+    for file, category in ((path, "astronomy"), (other, "")):
+        data = data_of("mmlu", eval_dataset_args={"mmlu": {"local_path": str(file)}})
+        assert {example.category for example in data.examples} == {category}
+
+
 def test_a_file_of_the_user_is_a_task(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.jsonl", '{"question": "Hot?", "A": "Ice", "B": "Fire", "answer": "B"}\n')
     data = data_of("general_mcq", eval_dataset_args={"general_mcq": {"local_path": str(path)}})
