@@ -30,6 +30,7 @@ from swift.evaluate.prompt import Prompt, check_syntax, names_in, render, value
 from swift.evaluate.settings import Settings
 from swift.evaluate.spec import TaskSpec, Writing
 from swift.evaluate.written import Written
+from swift.files import sha256_file
 
 ANSWERED = "answered"  # the metric that is 1 where something was found in the answer
 _ARGUMENTS = ("images", "messages")
@@ -82,6 +83,19 @@ class Generated:
             if declared.settings.num_fewshot:
                 raise ConfigError(f"task {spec.name} shows images, which solved examples cannot have", hint="give --eval_num_fewshot 0")
             asker.check_images()
+        self.about = replace(self.about, digest=self._digest_with_files(digest))
+
+    def _digest_with_files(self, digest: str) -> str:
+        """``digest`` with what is in the files of images, which rows only name."""
+        made = hashlib.sha256(digest.encode())
+        count = 0
+        for example in self.declared.data.rows:
+            where = self.declared.where(example)
+            for image in self._with_images(self.declared.scope(example), where)[1]:
+                if (file := self._pictures.file(image, where)) is not None:
+                    made.update(sha256_file(file).encode())
+                    count += 1
+        return made.hexdigest() if count else digest
 
     @property
     def _has_images(self) -> bool:

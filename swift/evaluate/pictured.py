@@ -26,21 +26,37 @@ class Pictures:
         DataError names ``where`` ("file:line").
         """
         try:
-            return self._read(given, Path(where.rpartition(":")[0]).parent)
+            return self._read(given, _folder(where))
         except ValueError as problem:
             raise DataError(f"{where}: {problem}") from None
+
+    def file(self, given: Any, where: str) -> Path | None:
+        """The file that the picture lies in; None if the row holds it, or refers to another row."""
+        is_text = isinstance(given, str) and not given.startswith("data:") and not self._is_of_another(given)
+        return _file(given, _folder(where)) if is_text else None
+
+    def _is_of_another(self, given: str) -> bool:
+        return len(given) <= LONGEST_REFERENCE and given in self._rows and self._rows[given].get(self._column) != given
 
     def _read(self, given: Any, folder: Path) -> Any:
         if not isinstance(given, str):
             return of_row(given)
         if given.startswith("data:") or "://" in given[:10]:
             return of_url(given)
-        if len(given) <= LONGEST_REFERENCE and given in self._rows and self._rows[given].get(self._column) != given:
+        if self._is_of_another(given):
             return self._read(self._rows[given][self._column], folder)
-        for place in (folder / given, Path(given)) if len(given) < 1024 else ():
-            if place.is_file():
-                return of_bytes(place.read_bytes())
-        return of_bytes(_decoded(given))
+        place = _file(given, folder)
+        return of_bytes(_decoded(given) if place is None else place.read_bytes())
+
+
+def _folder(where: str) -> Path:
+    """The folder of a row that is at ``where`` ("file:line")."""
+    return Path(where.rpartition(":")[0]).parent
+
+
+def _file(given: str, folder: Path) -> Path | None:
+    places = (folder / given, Path(given)) if len(given) < 1024 else ()
+    return next((place for place in places if place.is_file()), None)
 
 
 def _decoded(text: str) -> bytes:

@@ -115,6 +115,15 @@ def test_rows_of_messages_and_rows_of_columns_ask_the_same(tmp_path, loaded):
     assert (outcome.gold, outcome.metrics["exact_match"]) == ("snow | ice", 1.0)
 
 
+def test_another_image_in_the_same_file_is_another_question(table, tmp_path, loaded):
+    path = table([1, "a.png", "Is it?", "a", "b", "c", "A"])
+    digests = []
+    for number in (1, 2, 1):
+        (tmp_path / "a.png").write_bytes(encoded(picture(number)))
+        digests.append(task("vmcq", path, loaded).about.digest)
+    assert digests[0] == digests[2] != digests[1]
+
+
 def test_a_server_is_sent_the_images(table, loaded):
     made = task("vmcq", table([1, base64_of(picture(1)), "Is it?", "a", "b", "c", "A"]), loaded, most=None)
     (message,) = made.requests(made.examples()[0]).request.messages
@@ -142,9 +151,8 @@ def test_an_image_that_cannot_be_read_names_its_row(table, loaded, image, messag
 def test_messages_that_are_none_name_their_row(tmp_path, loaded):
     path = tmp_path / "vqa.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "video"}]}], "answer": ""}) + "\n")
-    made = task("general_vqa", path, loaded)
     with pytest.raises(DataError, match=r"vqa.jsonl:1: a part of a message is a text, an image or an image_url, not 'video'"):
-        made.requests(made.examples()[0])
+        task("general_vqa", path, loaded)
 
 
 def test_images_stand_where_their_marks_are_or_first():
