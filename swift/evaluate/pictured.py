@@ -3,6 +3,7 @@
 import base64
 import binascii
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class Pictures:
     def picture(self, given: Any, where: str) -> Any:
         """The picture (PIL, RGB): a file beside that of the row, base64, a data URL, bytes, or the id of the row that has it.
 
-        DataError names ``where`` ("file:line").
+        DataError names ``where``, the file and line of the row.
         """
         try:
             return self._read(given, _folder(where))
@@ -50,8 +51,8 @@ class Pictures:
 
 
 def _folder(where: str) -> Path:
-    """The folder of a row that is at ``where`` ("file:line")."""
-    return Path(where.rpartition(":")[0]).parent
+    """The folder of a row that is at ``where`` ("file:line", or "file[number]" where a file has no lines of rows)."""
+    return Path(re.sub(r"(:\d+|\[\d+\])$", "", where)).parent
 
 
 def _file(given: str, folder: Path) -> Path | None:

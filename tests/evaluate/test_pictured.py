@@ -115,6 +115,20 @@ def test_rows_of_messages_and_rows_of_columns_ask_the_same(tmp_path, loaded):
     assert (outcome.gold, outcome.metrics["exact_match"]) == ("snow | ice", 1.0)
 
 
+@pytest.mark.parametrize("name", ["vqa.jsonl", "vqa.json", "vqa.parquet"])
+def test_images_lie_beside_the_file_whatever_its_kind(tmp_path, loaded, name):
+    (tmp_path / "a.png").write_bytes(encoded(picture(2)))
+    row = {"question": "What is it?", "image": "a.png", "answer": "snow"}
+    if name.endswith("parquet"):
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / name)
+    else:
+        (tmp_path / name).write_text(json.dumps([row]) if name == "vqa.json" else json.dumps(row) + "\n")
+    made = task("general_vqa", tmp_path / name, loaded)
+    assert made.requests(made.examples()[0]).request.media is not None
+
+
 def test_another_image_in_the_same_file_is_another_question(table, tmp_path, loaded):
     path = table([1, "a.png", "Is it?", "a", "b", "c", "A"])
     digests = []
