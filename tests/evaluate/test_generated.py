@@ -136,6 +136,8 @@ def test_options_are_stronger_than_the_config_of_generation_and_that_than_the_de
     assert first.seed != second.seed and first.seed == asked(task(config=given)).request.sampling.seed
     greedy = asked(task(config=Options(eval_generation_config={"do_sample": False}))).request.sampling
     assert (greedy.temperature, greedy.seed) == (0.0, None)
+    drawn = asked(task(config=Options(eval_generation_config={"do_sample": True}))).request.sampling
+    assert (drawn.temperature, drawn.seed is None) == (None, False)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +145,7 @@ def test_options_are_stronger_than_the_config_of_generation_and_that_than_the_de
     [
         ({"max_token": 4}, "unknown setting 'max_token'", "did you mean 'max_tokens'?"),
         ({"temperature": "hot"}, "temperature is 'hot'", "give a number from 0 on"),
+        ({"do_sample": "no"}, "do_sample is 'no'", "give true or false"),
         ({"max_tokens": 0}, "max_tokens is 0", "give a whole number from 1 on"),
         ({"stop": [1]}, r"stop is \[1\]", None),
     ],
