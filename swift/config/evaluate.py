@@ -1,7 +1,7 @@
 """What is evaluated, on which tasks, and how."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from swift.config.generate import GenerateConfig
 from swift.config.model import ModelConfig, QuantConfig
@@ -10,12 +10,12 @@ from swift.errors import ConfigError
 
 EVALUATORS = ("native", "evalscope", "lm_eval", "opencompass", "vlmevalkit")
 MODES = ("letter", "choice", "generate", "perplexity")
-_OF_ENGINES = tuple(
-    "adapters torch_dtype attn_impl device chat_template quant_method quant_bits"
-    " infer_backend weight_format max_model_len max_batch_size kv_cache_gib num_speculative_tokens".split()
-)
 # As ms-swift writes them: its Native is EvalScope's own back end.
 _SPELLINGS = {name.replace("_", "").replace("-", ""): name for name in EVALUATORS}
+_OF_WEIGHTS = (
+    "adapters torch_dtype attn_impl device chat_template quant_method quant_bits infer_backend weight_format kv_cache_gib"
+    " max_num_batched_tokens enable_prefix_caching num_speculative_tokens"
+).split()
 
 
 @dataclass(kw_only=True)
@@ -41,6 +41,8 @@ class TasksConfig(Config):
 @dataclass(kw_only=True)
 class EvalConfig(TasksConfig, GenerateConfig, QuantConfig, ModelConfig):
     """Evaluate models on tasks, one beside the other."""
+
+    scores_first: ClassVar[bool] = True
 
     models: list[str] = opt([], "models, runs or checkpoints; each is compared with the first", positional=True)
     eval_output_dir: str = opt(
@@ -87,6 +89,8 @@ class EvalConfig(TasksConfig, GenerateConfig, QuantConfig, ModelConfig):
         self._check_url()
         if self.eval_backend == "native":
             self.refuse_without_effect(("extra_eval_args",), "without --eval_backend of another package")
+        else:
+            self.refuse_without_effect(("eval_train_dataset",), f"with --eval_backend {self.eval_backend}, which reads its own data")
         if self.use_chat_template is False:
             self.refuse_without_effect(("system", "enable_thinking"), "without a chat template")
         self.refuse_without_effect(("logprobs", "top_logprobs", "stream", "num_beams"), "when evaluating")
@@ -95,9 +99,8 @@ class EvalConfig(TasksConfig, GenerateConfig, QuantConfig, ModelConfig):
         if self.eval_url is None:
             self.refuse_without_effect(("eval_api_key",), "without --eval_url")
             if self.eval_backend == "native":
-                self.refuse_without_effect(("eval_num_proc",), "without --eval_url, or --eval_backend of another package")
+                self.refuse_without_effect(("eval_num_proc",), "without --eval_url; --max_batch_size says how much is computed at once")
             return
-        self.refuse_without_effect(_OF_ENGINES, "with --eval_url: the server computes")
         if len(self.models) > 1:
             raise ConfigError(f"--eval_url is one server, not {len(self.models)} models", hint="name the one model that it serves")
         if self.eval_mode in ("letter", "choice", "perplexity"):
@@ -105,3 +108,4 @@ class EvalConfig(TasksConfig, GenerateConfig, QuantConfig, ModelConfig):
                 f"--eval_mode {self.eval_mode} needs the model itself: servers write answers and give no scores of texts",
                 hint="say --eval_mode generate, or give the model without --eval_url",
             )
+        self.refuse_without_effect(_OF_WEIGHTS, "with --eval_url, whose server has the model")

@@ -1,6 +1,7 @@
 """How text is generated."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from swift.config.backends import BACKENDS, BackendsConfig
 from swift.config.options import opt
@@ -12,6 +13,8 @@ MOST_LOGPROBS = 20  # likeliest tokens at each place, as in OpenAI's API
 @dataclass(kw_only=True)
 class GenerateConfig(BackendsConfig):
     """Generation."""
+
+    scores_first: ClassVar[bool] = False  # whether the command asks for scores of texts before it asks for answers, if for any
 
     max_new_tokens: int | None = opt(None, "most tokens of an answer; by default what fits the context, at most 2048", minimum=1)
     temperature: float | None = opt(None, "0 always takes the likeliest token; by default the model's generation_config", minimum=0)

@@ -75,7 +75,7 @@ def make_engine_of(name: str, source: Source) -> Engine:
 
 def make_native(source: Source) -> Engine:
     """The native engine, which computes with the weights in torch."""
-    from swift.engine.native.engine import make
+    from swift.engine.native.make import make
 
     return make(source.loaded, source.config)
 

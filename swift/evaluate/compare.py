@@ -13,7 +13,10 @@ from swift.evaluate.statistics import (
     Clusters,
     Floats,
     Z,
+    are_shares,
     clusters_of,
+    effective_count,
+    estimate,
     finite,
     is_binary,
     ratio_of,
@@ -136,14 +139,14 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / (1 << discordant))
 
 
-def difference_interval(only_first: int, only_second: int, count: int) -> tuple[float, float]:
-    """95 % interval of the difference of two paired shares, second less first: Wald's, half a pair added to each side.
+def difference_interval(only_first: float, only_second: float, count: float, z: float = Z) -> tuple[float, float]:
+    """95 % interval of the difference of two paired shares, second less first: Wald's, with a pair more on which only one is right, each.
 
     Bonett and Price 2012 (J. Educational and Behavioral Statistics 37:479): it also holds for few differing pairs, or none.
     """
     size = count + 2
     a, b = (only_first + 1) / size, (only_second + 1) / size
-    half = Z * math.sqrt((a + b - (b - a) ** 2) / size)
+    half = z * math.sqrt((a + b - (b - a) ** 2) / size)
     return max(-1.0, b - a - half), min(1.0, b - a + half)
 
 
@@ -165,7 +168,15 @@ def _obstacle(first: TaskResult | None, second: TaskResult | None, names: tuple[
     if told := what_differs(first.about, second.about):
         return f"they were not asked the same questions ({told})"
     metric = first.about.metric
-    return "" if _by_id(first, metric).keys() & _by_id(second, metric).keys() else "they have no example in common"
+    left, right = _by_id(first, metric), _by_id(second, metric)
+    common = left.keys() & right.keys()
+    if not common:
+        return "they have no example in common"
+    for name, outcomes in zip(names, (left, right), strict=True):
+        value = estimate([outcomes[id] for id in common], metric)
+        if value is not None and math.isinf(value.value):
+            return f"the {metric} of {name} has no end"
+    return ""
 
 
 def _by_id(result: TaskResult, metric: str) -> dict[str, Outcome]:
@@ -177,32 +188,42 @@ def _compare_means(a: Sequence[Outcome], b: Sequence[Outcome], metric: str) -> C
     second = np.array([outcome.metrics[metric] for outcome in b])
     clusters = clusters_of(a)
     difference = float((second - first).mean())
-    variance = variance_of_sum(second - first - difference, clusters) / len(a) ** 2
-    plain = _paired(metric, len(a), float(first.mean()), float(second.mean()), variance, _groups(a, clusters), "paired t")
+    residuals, count, groups = second - first - difference, len(a), _groups(a, clusters)
+    variance = variance_of_sum(residuals, clusters) / count**2
+    most = 1.0 if are_shares(first) and are_shares(second) else math.inf
+    found = _paired(metric, count, float(first.mean()), float(second.mean()), variance, groups, "paired t", most)
     if not (is_binary(first) and is_binary(second)):
-        return plain
+        return found
     counts = _counts(first, second)
-    if clusters is not None:  # McNemar's test takes items as independent
-        return replace(plain, counts=counts)
-    low, high = difference_interval(counts.only_first, counts.only_second, len(a))
-    p_value = mcnemar(counts.only_first, counts.only_second)
-    return replace(plain, low=low, high=high, p_value=p_value, method="McNemar", counts=counts)
+    if clusters is None:
+        low, high = difference_interval(counts.only_first, counts.only_second, count)
+        p_value = mcnemar(counts.only_first, counts.only_second)
+        return replace(found, low=low, high=high, p_value=p_value, method="McNemar", counts=counts)
+    if groups < 2:
+        return replace(found, counts=counts)
+    # McNemar's test takes items as independent, so p is that of paired t; the interval is that of as many items as would be.
+    effective = effective_count(count, groups, variance_of_sum(residuals) / count**2, variance)
+    only_first, only_second = (number * effective / count for number in (counts.only_first, counts.only_second))
+    low, high = difference_interval(only_first, only_second, effective, t_quantile(groups - 1))
+    return replace(found, low=low, high=high, counts=counts)
 
 
 def _compare_ratios(a: Sequence[Outcome], b: Sequence[Outcome], metric: str) -> Comparison:
     """The delta method for the difference of two ratios over the same documents, whose lengths may differ by tokenizer."""
     rule = ratio_of(metric, a[0].metrics)
     assert rule is not None
-    values, parts = [], []
+    values, parts, most = [], [], 1.0
     for outcomes in (a, b):
         above = np.array([outcome.metrics[rule.above] for outcome in outcomes])
         below = np.array([outcome.metrics[rule.below] for outcome in outcomes])
+        if metric in RATIOS or not are_shares(above, below):
+            most = math.inf
         value = float(above.sum() / below.sum())
         values.append(rule.transform(value))
         parts.append(rule.slope(value) * (above - value * below) / below.sum())
     clusters = clusters_of(a)
     variance = variance_of_sum(parts[1] - parts[0], clusters)
-    return _paired(metric, len(a), values[0], values[1], variance, _groups(a, clusters), "paired ratio")
+    return _paired(metric, len(a), values[0], values[1], variance, _groups(a, clusters), "paired ratio", most)
 
 
 def _groups(outcomes: Sequence[Outcome], clusters: Clusters) -> int:
@@ -215,7 +236,8 @@ def _counts(first: Floats, second: Floats) -> Counts:
     return Counts(both, only_first, only_second, len(first) - both - only_first - only_second)
 
 
-def _paired(metric: str, count: int, first: float, second: float, variance: float, groups: int, method: str) -> Comparison:
+def _paired(metric: str, count: int, first: float, second: float, variance: float, groups: int, method: str, most: float) -> Comparison:
+    """With an interval that does not go beyond ``most`` on either side."""
     difference = second - first
     half = t_quantile(groups - 1) * math.sqrt(variance) if groups > 1 else None
     return Comparison(
@@ -230,8 +252,8 @@ def _paired(metric: str, count: int, first: float, second: float, variance: floa
         value_first=first,
         value_second=second,
         difference=difference,
-        low=None if half is None else difference - half,
-        high=None if half is None else difference + half,
+        low=None if half is None else max(-most, difference - half),
+        high=None if half is None else min(most, difference + half),
         p_value=t_p_value(difference, variance, groups),
         p_adjusted=None,
         method=method,

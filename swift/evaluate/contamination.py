@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,14 @@ from swift import console
 from swift.config.evaluate import EvalConfig
 from swift.data import sources
 from swift.evaluate.base import Example, Task
+from swift.evaluate.characters import HAN
 
 LENGTH = 13
 SHORTEST = 8  # a text of 8 to 12 tokens is one n-gram; a shorter one says too little to be found
 PHRASE = 10  # an n-gram of more examples of a task than this is a phrase of its questions, not what is asked
 _BATCH_TOKENS = 1 << 18
 
-_WIDE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_TOKEN = re.compile(rf"[{_WIDE}]|[^\W_{_WIDE}]+")
+_TOKEN = re.compile(rf"[{HAN}]|[^\W_{HAN}]+")
 
 Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.int64]
@@ -190,13 +191,22 @@ class _Tests:
 
     def __init__(self, examples: Mapping[str, Sequence[Example]]) -> None:
         self.vocabulary: dict[str, int] = {}
-        self.names = [(task, example.id) for task, given in examples.items() for example in given]
-        tasks = np.array([number for number, given in enumerate(examples.values()) for _ in given], dtype=np.int64)
+        # Several answers to a question are examples with the same columns; what is in them is one example here.
+        numbers: dict[tuple[str, int], int] = {}
+        self.names = [
+            (task, example.id, numbers.setdefault((task, id(example.fields)), len(numbers)))
+            for task, given in examples.items()
+            for example in given
+        ]
+        self.count = len(numbers)
+        distinct = {number: example for (_, _, number), example in zip(self.names, chain(*examples.values()), strict=True)}
+        of_task = {task: number for number, task in enumerate(examples)}
+        tasks = np.array([of_task[task] for task, _ in numbers], dtype=np.int64)
         self.exact: dict[int, str] = {}
         self.questions: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # first n-gram -> (example, length, hash)
         hashes: dict[int, list[Hashes]] = {}
         owners: dict[int, list[Numbers]] = {}
-        for number, example in enumerate(example for given in examples.values() for example in given):
+        for number, example in distinct.items():
             for size, values in self._grams(number, example):
                 hashes.setdefault(size, []).append(values)
                 owners.setdefault(size, []).append(np.full(len(values), number, dtype=np.int64))
@@ -231,16 +241,16 @@ class _Tests:
 
     def results(self, examples: Mapping[str, Sequence[Example]]) -> list[TaskContamination]:
         """Of each task, in the order of its examples."""
-        has, found = np.zeros((2, len(self.names)), dtype=np.int64)
+        has, found = np.zeros((2, self.count), dtype=np.int64)
         rows: dict[int, str] = {}
         for grams in self.grams.values():
-            counted, seen = grams.counts(len(self.names))
+            counted, seen = grams.counts(self.count)
             has, found = has + counted, found + seen
             rows |= grams.first_rows()
         rows |= self.exact
         matches: dict[str, list[Match]] = {task: [] for task in examples}
         unchecked = dict.fromkeys(examples, 0)
-        for number, (task, name) in enumerate(self.names):
+        for task, name, number in self.names:
             if number in rows:
                 share = float(found[number] / has[number]) if has[number] else 1.0
                 matches[task].append(Match(name, share, number in self.exact, rows[number]))

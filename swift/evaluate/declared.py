@@ -19,6 +19,7 @@ from swift.evaluate.spec import AnyMode, Choosing, Mode, Reading, TaskSpec, Writ
 
 LETTERS = ascii_uppercase
 """Of choices."""
+RULES = 2  # of extraction and metrics; raised when one of them changes, so that marks given by different rules are never mixed
 
 
 def make_task(spec: TaskSpec, config: Any, tokenizer: Any, max_model_len: int | None) -> Task:
@@ -138,9 +139,9 @@ def declare(spec: TaskSpec, settings: Settings, tokenizer: Any) -> Declared:
 
 
 def _digest(spec: TaskSpec, settings: Settings, data: Data, uses_chat: bool) -> str:
-    """SHA-256 (hex) of all that makes the questions what they are; not of the limit, which says only how many are asked."""
+    """SHA-256 (hex) of all that makes questions and marks what they are; not of the limit, which says only how many are asked."""
     chat = [settings.system, settings.enable_thinking] if uses_chat else None
-    what = [spec, settings.mode, settings.num_fewshot, chat, settings.subsets, settings.arguments, data.digest]
+    what = [RULES, spec, settings.mode, settings.num_fewshot, chat, settings.subsets, settings.arguments, data.digest]
     return hashlib.sha256(msgspec.json.encode(what, order="deterministic")).hexdigest()
 
 

@@ -102,6 +102,9 @@ class Generated:
         return "images" in self.mode.arguments
 
     def _extractor(self, name: str, options: Mapping[str, Any]) -> Extractor:
+        if name == "letter" and self.mode.choices is None:
+            hint = "declare choices, or extract something else"
+            raise ConfigError(f"task {self.declared.spec.name}: the extractor letter has no choices to name", hint=hint)
         made: Extractor = EXTRACTORS.get(name)(self._setting(options))
         return made
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from swift.evaluate.base import Outcome, TaskResult
 
 CONFIDENCE = 0.95
+_NOTHING = 1e-20  # of a variance beside the square of the mean: what rounding leaves
 Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
 
 Floats = npt.NDArray[np.float64]
@@ -52,8 +53,8 @@ class Ratio:
 
 
 def _exp(nats: float) -> float:
-    """Infinity where a float ends, as of a model whose weights are broken."""
-    return math.exp(nats) if nats < 709 else math.inf
+    """Infinity where squares of it would be no float, as of a model whose weights are broken, or a "word" that is a whole Chinese text."""
+    return math.exp(nats) if nats < 300 else math.inf
 
 
 RATIOS = {
@@ -93,7 +94,8 @@ def estimate(outcomes: Sequence[Outcome], metric: str) -> Estimate | None:
     clusters = clusters_of(used)
     rule = ratio_of(metric, used[0].metrics)
     if rule:
-        return ratio(_column(used, rule.above), _column(used, rule.below), rule.transform, clusters)
+        above, below = _column(used, rule.above), _column(used, rule.below)
+        return ratio(above, below, rule.transform, clusters, is_share=metric not in RATIOS and are_shares(above, below))
     return mean(_column(used, metric), clusters)
 
 
@@ -136,36 +138,44 @@ def mean(values: Sequence[float] | Floats, clusters: Clusters = None) -> Estimat
     groups = count if clusters is None else len(set(clusters))
     variance = variance_of_sum(column - value, clusters) / count**2
     if not is_binary(column):
-        return _student(value, variance, count, groups, is_share=bool(column.min() >= 0 and column.max() <= 1))
+        return _student(value, variance, groups - 1, count, groups, is_share=are_shares(column))
     if clusters is None:
         return _wilson(value, count, count, count, Z)
     if groups < 2:
         return Estimate(value, None, None, count, groups, "none")
-    plain = value * (1 - value) / (count - 1)
-    effective = min(count, plain / variance * count) if variance > 0 else groups
+    effective = effective_count(count, groups, value * (1 - value) / (count - 1), variance)
     return _wilson(value, effective, count, groups, t_quantile(groups - 1))
 
 
 def ratio(
-    above: Sequence[float] | Floats, below: Sequence[float] | Floats, transform: Callable[[float], float], clusters: Clusters = None
+    above: Sequence[float] | Floats,
+    below: Sequence[float] | Floats,
+    transform: Callable[[float], float],
+    clusters: Clusters = None,
+    *,
+    is_share: bool = False,
 ) -> Estimate:
-    """Transform of sum(above) / sum(below), with the delta method's interval (Cochran 1977, Sampling Techniques, chapter 6)."""
+    """Transform of sum(above) / sum(below), with the delta method's interval (Cochran 1977, Sampling Techniques, chapter 6).
+
+    Without negative terms the ratio is taken as not below 0, and if it ``is_share`` as not above 1.
+    """
     numerators, denominators = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
     total = float(denominators.sum())
     value = float(numerators.sum()) / total
     groups = len(numerators) if clusters is None else len(set(clusters))
     variance = variance_of_sum(numerators - value * denominators, clusters) / total**2
-    plain = _student(value, variance, len(numerators), groups)
+    plain = _student(value, variance, groups - 1, len(numerators), groups, is_share=is_share)
     if plain.low is None or plain.high is None:
         return Estimate(transform(value), None, None, plain.count, groups, "none")
-    return Estimate(transform(value), transform(plain.low), transform(plain.high), plain.count, groups, "ratio")
+    low = max(plain.low, 0.0) if numerators.min() >= 0 else plain.low
+    return Estimate(transform(value), transform(low), transform(plain.high), plain.count, groups, "ratio")
 
 
 def macro(strata: Sequence[tuple[Sequence[float] | Floats, Clusters]]) -> Estimate:
     """Unweighted mean of the means of ``strata``, each of which is sampled by itself (Cochran 1977, chapter 5).
 
-    0/1 values get Wilson's interval of the number of items that would give this variance. There is no interval if a stratum
-    has a single item or cluster, whose variance is unknown.
+    0/1 values get Wilson's interval of the number of items that would give this variance, and in clusters t, as in ``mean``.
+    There is no interval if a stratum has a single item or cluster, whose variance is unknown.
     """
     columns = [np.asarray(values, dtype=np.float64) for values, _ in strata]
     value = float(np.mean([column.mean() for column in columns]))
@@ -179,15 +189,28 @@ def macro(strata: Sequence[tuple[Sequence[float] | Floats, Clusters]]) -> Estima
     variance = sum(parts) / len(parts) ** 2
     freedom = sum(groups) - len(groups)
     if not all(is_binary(column) for column in columns):
-        half = t_quantile(freedom) * math.sqrt(variance)
-        return Estimate(value, value - half, value + half, count, sum(groups), "t")
-    most = len(groups) ** 2 / sum(1 / size for size in groups)
-    effective = min(most, value * (1 - value) / variance) if variance > 0 else most
-    return _wilson(value, effective, count, sum(groups), Z)
+        return _student(value, variance, freedom, count, sum(groups), is_share=all(are_shares(column) for column in columns))
+    # As many items, and clusters, as would be if each stratum had the same number of them.
+    most, least = (len(sizes) ** 2 / sum(1 / size for size in sizes) for sizes in ([len(column) for column in columns], groups))
+    effective = effective_count(most, least, value * (1 - value) / most, variance)
+    return _wilson(value, effective, count, sum(groups), Z if count == sum(groups) else t_quantile(freedom))
 
 
 def is_binary(values: Floats) -> bool:
     return bool(np.all((values == 0) | (values == 1)))
+
+
+def are_shares(above: Floats, below: float | Floats = 1.0) -> bool:
+    """Whether each of ``above`` is a part of ``below``."""
+    return bool(np.all((above >= 0) & (above <= below)))
+
+
+def effective_count(count: float, groups: float, plain: float, clustered: float) -> float:
+    """As how many independent items ``count`` items in ``groups`` clusters count, by the variances without and with clusters.
+
+    Not more than there are; and as many as clusters where nothing varies, which says nothing about how alike items of one are.
+    """
+    return min(count, plain / clustered * count) if clustered > 1e-12 * plain else groups
 
 
 def variance_of_sum(residuals: Floats, clusters: Clusters = None) -> float:
@@ -203,11 +226,14 @@ def variance_of_sum(residuals: Floats, clusters: Clusters = None) -> float:
 
 
 def t_p_value(difference: float, variance: float, clusters: int) -> float | None:
-    """Two-sided p value of a difference from 0 with this variance of ``clusters`` clusters; None if nothing can be said."""
+    """Two-sided p value of a difference from 0 with this variance of ``clusters`` clusters; None if nothing can be said.
+
+    Where all clusters differ by the same, t says nothing; it is the chance then that the signs of all agree (the sign test).
+    """
     if clusters < 2:
         return None
-    if variance <= 0:
-        return 1.0 if difference == 0 else 0.0
+    if variance <= _NOTHING * difference**2:
+        return 1.0 if difference == 0 else 2.0 ** (1 - clusters)
     return _t_tails(difference / math.sqrt(variance), clusters - 1)
 
 
@@ -225,10 +251,10 @@ def _column(outcomes: Sequence[Outcome], key: str) -> Floats:
     return np.array([outcome.metrics[key] for outcome in outcomes], dtype=np.float64)
 
 
-def _student(value: float, variance: float, count: int, groups: int, *, is_share: bool = False) -> Estimate:
-    if groups < 2:
+def _student(value: float, variance: float, freedom: int, count: int, groups: int, *, is_share: bool) -> Estimate:
+    if freedom < 1:
         return Estimate(value, None, None, count, groups, "none")
-    half = t_quantile(groups - 1) * math.sqrt(variance)
+    half = t_quantile(freedom) * math.sqrt(variance)
     low, high = (max(0.0, value - half), min(1.0, value + half)) if is_share else (value - half, value + half)
     return Estimate(value, low, high, count, groups, "t")
 

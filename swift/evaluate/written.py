@@ -154,14 +154,19 @@ def _delta(request: Written, said: Any) -> Delta:
 
 
 def remote_engine(config: Any) -> UrlEngine:
-    """The server of --eval_url, which is asked for its models. ConfigError if it serves others than the one that is named."""
+    """What asks the server of --eval_url; raises as ``served_at``."""
+    return UrlEngine(*served_at(config), config.eval_num_proc)
+
+
+def served_at(config: Any) -> tuple[Endpoint, str]:
+    """The server of --eval_url, and which of its models is asked. ConfigError if it serves several others than the one that is named."""
     url = config.eval_url.rstrip("/")
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
         raise ConfigError(f"--eval_url {url} is no http or https address", hint="such as http://127.0.0.1:8000/v1")
     for end in ("/chat/completions", "/completions"):
         url = url.removesuffix(end)
     endpoint = Endpoint(url, read_key(config.eval_api_key, "eval_api_key"), config.remote_timeout_s, "eval")
-    return UrlEngine(endpoint, _served(endpoint, config), config.eval_num_proc)
+    return endpoint, _served(endpoint, config)
 
 
 def _served(endpoint: Endpoint, config: Any) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from swift.config.commands import InferConfig
+from swift.config.evaluate import EvalConfig
 from swift.config.options import build as build_config
 from swift.engine.forward import ForwardScorer
 from swift.engine.load import make_engine, source_of
@@ -199,6 +200,29 @@ def test_answers_between_scores_are_what_they_were():
     assert run(engine, random_prompts()) == wanted
     found = dict([*some, *scores])
     assert found == dict(engine_of(weights="float32").scores(texts))
+
+
+def test_an_evaluation_packs_weights_when_the_first_answer_is_asked_for(tmp_path):
+    """Until then texts are scored with the weights as they lie in their file."""
+    from tests.engine.test_native import random_prompts, run
+
+    path = make_model(tmp_path / "model")
+    texts, prompts = texts_of(), random_prompts()
+
+    def engine(command, **told):
+        return make_engine(source_of(build_config(command, ("argument", {"model": str(path), **told}))))
+
+    late = engine(EvalConfig, eval_dataset=["mmlu"])
+    reference = load_model(path).model
+    check(late, reference, texts)
+    assert late.runner.packed is None
+    scores = late.scores(texts)
+    next(scores)
+    assert run(late, prompts) == run(engine(InferConfig, val_dataset="none.jsonl"), prompts)
+    assert late.runner.packed is not None and late.runner.program is not None
+    assert len(list(scores)) == len(texts) - 1
+    check(late, reference, texts)
+    assert engine(EvalConfig, eval_dataset=["mmlu"], weight_format="int8").runner.packed.formats
 
 
 @pytest.mark.parametrize("weights", [None, "float32"])

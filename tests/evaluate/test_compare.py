@@ -45,7 +45,7 @@ def test_counts_difference_and_p_value_are_of_the_same_items():
     assert found.difference == pytest.approx(6 / 21)
     assert round(found.p_value, 3) == 0.070
     assert found.method == "McNemar"
-    # Half a pair on each side: shares 2 / 23 and 8 / 23, difference 6 / 23, variance (10 / 23 - 36 / 529) / 23.
+    # A pair more on each side: shares 2 / 23 and 8 / 23, difference 6 / 23, variance (10 / 23 - 36 / 529) / 23.
     half = 1.959964 * math.sqrt((10 / 23 - 36 / 529) / 23)
     assert (found.low, found.high) == (pytest.approx(6 / 23 - half), pytest.approx(6 / 23 + half))
 
@@ -71,6 +71,36 @@ def test_items_in_clusters_are_compared_cluster_by_cluster():
     expected = scipy.stats.ttest_1samp([1, 1, 0, 0], 0)  # means of the passages, all of one size
     assert found.p_value == pytest.approx(expected.pvalue)
     assert (found.method, found.counts.only_second) == ("paired t", 4)
+    # The variance of eight single differences 4/8 is 0.25 / 7, that of four passages 1/12: 24/7 items, of which 12/7 differ.
+    size, t = 24 / 7 + 2, scipy.stats.t.ppf(0.975, 3)
+    a, b = 1 / size, (12 / 7 + 1) / size
+    half = t * math.sqrt((a + b - (b - a) ** 2) / size)
+    assert (found.low, found.high) == (pytest.approx(b - a - half), 1.0)  # beyond 1 nothing can lie
+
+
+@pytest.mark.parametrize("second", [[0] * 6, [1] * 6])
+def test_a_few_passages_without_exception_are_no_certainty(second):
+    passages = list("aabbcc")
+    found = compare(result([0] * 6, clusters=passages), result(second, clusters=passages), names=NAMES)
+    assert found.high - found.low > 0.5
+    assert found.p_value >= 0.25  # three passages: two of eight ways to agree
+
+
+def test_the_interval_of_a_difference_of_shares_does_not_leave_them():
+    about = replace(ABOUT, metric="f1")
+    found = compare(result([0.1, 0.9], metric="f1", about=about), result([1.0, 0.95], metric="f1", about=about), names=NAMES)
+    assert (found.low, found.high) == (-1.0, 1.0)
+    other = compare(result([0.1, 0.9], metric="f1", about=about), result([9.0, 0.95], metric="f1", about=about), names=NAMES)
+    assert other.high > 1
+
+
+def test_the_interval_of_a_difference_of_shares_of_sums_does_not_leave_them():
+    about = replace(ABOUT, metric="inst")
+    sides = [
+        result([{"inst.sum": float(followed), "inst.count": 2.0} for followed in side], about=about) for side in ([0, 0, 1], [2, 0, 1])
+    ]
+    found = compare(*sides, names=NAMES)
+    assert (found.difference, found.low, found.high) == (pytest.approx(1 / 3), -1.0, 1.0)
 
 
 def test_perplexities_are_compared_on_the_documents_that_both_read():
@@ -92,6 +122,13 @@ def test_perplexities_are_compared_on_the_documents_that_both_read():
     assert found.difference == pytest.approx(math.exp(tuned.sum() / tokens.sum()) - math.exp(base.sum() / tokens.sum()))
     assert (found.low, found.high) == (pytest.approx(drawn.low, abs=0.1 * width), pytest.approx(drawn.high, abs=0.1 * width))
     assert found.p_value < 0.001
+
+
+def test_a_perplexity_without_end_is_not_compared():
+    about = replace(ABOUT, mode="perplexity", metric="word_perplexity")
+    broken, sound = (result([{"nll": nll + n, "words": 1.0} for n in range(3)], about=about) for nll in (1000.0, 5.0))
+    found, refused = compare_all([ModelResult("broken", [broken]), ModelResult("sound", [sound])])
+    assert (found, [item.reason for item in refused]) == ([], ["the word_perplexity of broken has no end"])
 
 
 def test_items_of_one_side_alone_are_counted():

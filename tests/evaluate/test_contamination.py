@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 
@@ -67,6 +68,13 @@ def test_a_phrase_of_many_questions_is_no_evidence():
     questions = [example(f"q{number}", f"{phrase} topic{number} alone") for number in range(11)]
     assert found([{"text": phrase}], *questions).matches == []
     assert len(found([{"text": phrase}], *questions[:10]).matches) == 10
+
+
+def test_many_answers_to_a_question_are_one_question():
+    question = example("q", QUESTION)
+    answers = [replace(question, id=f"q#{number}") for number in range(20)]
+    result = found([{"text": " ".join(QUESTION.split()[:13])}], *answers)
+    assert [(match.id, match.share) for match in result.matches] == [(one.id, 1 / (len(tokens(QUESTION)) - 12)) for one in answers]
 
 
 def test_each_text_of_an_example_counts_and_its_first_long_one_is_the_question():

@@ -149,6 +149,8 @@ def test_what_an_option_of_ours_says_is_not_said_twice(module, extra, option):
         (lm_eval, {"weight_format": "int8"}, "--weight_format has no effect with lm_eval's own model"),
         (lm_eval, {"extra_eval_args": {"model": "gguf"}}, "--extra_eval_args has model gguf"),
         (lm_eval, {"eval_dataset_args": {"mmlu": {"subset_list": ["astronomy"]}}}, "subset_list of mmlu needs its local_path"),
+        (lm_eval, {"eval_num_proc": "3"}, "--eval_num_proc has no effect with lm_eval's own model"),
+        (lm_eval, {"quant_bits": "4"}, "--quant_bits has no effect with lm_eval's own model"),
         (opencompass, {"eval_num_fewshot": "3"}, "--eval_num_fewshot has no effect with OpenCompass"),
         (vlmevalkit, {"system": "x"}, "--system has no effect with VLMEvalKit"),
     ],
@@ -160,8 +162,35 @@ def test_what_a_package_cannot_do_is_refused_before_it_is_started(module, option
     assert found.value.message.startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        (opencompass, {"top_p": "0.5"}, "--top_p has no effect with --eval_backend opencompass"),
+        (vlmevalkit, {"stop_words": ["x"]}, "--stop_words has no effect with --eval_backend vlmevalkit"),
+    ],
+)
+def test_an_option_of_generation_that_a_package_does_not_have_is_refused(module, options, message):
+    name = module.__name__.rpartition(".")[2]
+    with pytest.raises(ConfigError, match=message):
+        module.generation(make(name, "x", **options), module.NAMES)
+
+
+def test_training_data_are_not_looked_for_in_the_data_of_a_package():
+    with pytest.raises(ConfigError, match="--eval_train_dataset has no effect with --eval_backend lm_eval"):
+        make("lm_eval", "mmlu", eval_train_dataset=["snow-alerts"])
+
+
+def test_a_system_message_may_lie_in_a_file(tmp_path):
+    (tmp_path / "system.txt").write_text("Be brief.")
+    said = {"system": str(tmp_path / "system.txt")}
+    assert lm_eval.options_of(make("lm_eval", "mmlu", **said))["system_instruction"] == "Be brief."
+    assert evalscope.options_of(make("evalscope", "gsm8k", **said))["dataset_args"] == {"gsm8k": {"system_prompt": "Be brief."}}
+
+
 def test_lm_eval_is_told_by_its_own_names():
-    config = make("lm_eval", "ceval", "arc", eval_limit="5", max_batch_size="4", max_new_tokens="64", system="Be.")
+    config = make(
+        "lm_eval", "ceval", "arc", eval_limit="5", max_batch_size="4", max_new_tokens="64", repetition_penalty="1.5", system="Be."
+    )
     assert lm_eval.options_of(config) == {
         "tasks": ["ceval-valid", "arc_easy", "arc_challenge"],
         "num_fewshot": None,
@@ -169,7 +198,7 @@ def test_lm_eval_is_told_by_its_own_names():
         "batch_size": 4,
         "system_instruction": "Be.",
         "apply_chat_template": False,
-        "gen_kwargs": {"max_gen_toks": 64},
+        "gen_kwargs": {"max_gen_toks": 64, "repetition_penalty": 1.5},
     }
 
 
@@ -223,3 +252,16 @@ def test_vlmevalkit_asks_no_judge_elsewhere_unless_it_is_told():
         "extra_body": '{"chat_template_kwargs": {"enable_thinking": true}}',
     }
     assert vlmevalkit.options_of(make("vlmevalkit", "MMStar", extra_eval_args={"judge": "gpt-4o"}))["judge"] == "gpt-4o"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_url": "http://127.0.0.1:1/v1", "weight_format": "int8"}, "--weight_format has no effect with --eval_url"),
+        ({"eval_url": "http://127.0.0.1:1/v1", "quant_bits": "4"}, "--quant_bits has no effect with --eval_url"),
+        ({"eval_num_proc": "3"}, "--eval_num_proc has no effect without --eval_url"),
+    ],
+)
+def test_an_option_of_what_does_not_run_here_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make("native", "gsm8k", **options)

@@ -66,8 +66,8 @@ def test_a_model_is_served_with_a_key_of_its_own_and_nothing_is_left(tiny_model,
         assert (known.model, known.child) == (tiny_model.name, None)
         with pytest.raises(ConfigError, match="status 401"):
             at_url(make(eval_url=served.url, eval_api_key="another-key"))
-        with pytest.raises(ConfigError, match="has no model other"):
-            at_url(make(eval_url=served.url, eval_api_key=served.key, model="other"))
+        whole = at_url(make(eval_url=f"{served.url}/chat/completions", eval_api_key=served.key, model="other"))
+        assert (whole.url, whole.model) == (served.url, tiny_model.name)  # as without --eval_backend
     assert len(pids) >= 2
     assert wait_until_gone(pids)
     assert served.key not in (tmp_path / "log.txt").read_text()
@@ -111,6 +111,8 @@ def waiting(folder):
     program += f"    pathlib.Path({str(folder / 'pid')!r}).write_text(str(child.pid))\n    child.wait()\n"
     program += "def check(job):\n    import no_such_package\n"
     program += "def fail(job):\n    raise ValueError('first line\\nsecond line')\n"
+    program += "def ask(job):\n    raise ModuleNotFoundError('pip install this-and-that')\n"
+    program += "def die(job):\n    import os; os._exit(9)\n"
     (folder / "waits.py").write_text(program)
     return folder
 
@@ -148,10 +150,19 @@ def test_what_a_program_needs_and_what_it_refuses_is_one_line(tmp_path):
         work("waits", "check", {}, config, programs=waiting(tmp_path))
     with pytest.raises(MachineError, match=r"^waits failed: ValueError: first line$"):
         work("waits", "fail", {}, config, programs=waiting(tmp_path))
+    with pytest.raises(MachineError, match=r"^waits failed: ModuleNotFoundError: pip install this-and-that$"):
+        work("waits", "ask", {}, config, programs=waiting(tmp_path))
 
 
-def test_a_python_that_is_not_there_is_named(tmp_path):
-    config = make(models=["x"], extra_eval_args={"python": str(tmp_path / "bin" / "python")})
+def test_a_process_that_dies_in_silence_is_not_said_to_have_said_what_another_did(tmp_path):
+    (tmp_path / "log.txt").write_text("ValueError: of the run before\n")
+    with pytest.raises(MachineError, match=r"^waits ended with code 9: it said nothing$"):
+        work("waits", "die", {}, make(models=["x"]), log=tmp_path / "log.txt", programs=waiting(tmp_path))
+
+
+@pytest.mark.parametrize("place", ["bin/python", "."])
+def test_a_python_that_is_not_there_is_named(tmp_path, place):
+    config = make(models=["x"], extra_eval_args={"python": str(tmp_path / place)})
     with pytest.raises(ConfigError, match="there is no Python at"):
         work("evalscope", "check", {}, config)
 
@@ -165,9 +176,9 @@ def test_a_python_that_is_not_there_is_named(tmp_path):
         ("vlmevalkit", "vlmeval", "DIR/bin/pip install ms-vlmeval"),
     ],
 )
-def test_a_package_that_is_not_installed_is_named_with_what_installs_it(name, module, hint):
-    if importlib.util.find_spec(module) is not None:
-        pytest.skip(f"{module} is installed")
+def test_a_package_that_is_not_installed_is_named_with_what_installs_it(name, module, hint, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == module else find(wanted))
     with pytest.raises(DependencyError, match=f"the package {module} is not installed") as found:
         EVALUATORS.get(name).check(make(models=["x"], eval_backend=name))
     assert hint in found.value.hint

@@ -12,7 +12,10 @@ NUMBERS = [
     ("#### $1,234.50", "1234.50", "####"),
     ("#### -7 degrees", "-7", "####"),
     ("#### 18\n\nQuestion: 5 birds\n#### 5", "18", "####"),
-    ("####\nThe total is 12 apples", "12", "####"),
+    ("####\nThe total is 12 apples", "12", "last number"),
+    ("#### **18**", "18", "####"),
+    ("#### Step 1: Add\n3 + 4 = 7\n#### Step 2: Double\n2 * 7 = 14", "14", "last number"),
+    ("#### 1. Add\n3 + 4 = 7\n#### 7", "7", "####"),
     ("so \\boxed{1\\,000} no, \\boxed{42}", "42", "boxed"),
     ("\\boxed{\\frac{3}{4}}", "3/4", "boxed"),
     ("\\boxed{-\\dfrac{3}{4}}", "-3/4", "boxed"),
@@ -21,6 +24,9 @@ NUMBERS = [
     ("The answer is: $0.50.", "0.50", "statement"),
     ("答案是 36 个，共 3 盒", "36", "statement"),
     ("答案：１２", "12", "statement"),
+    (f"The answer is {'more or less ' * 4}some 1234.", "1234", "statement"),
+    ("The total is 12 apples. He eats 5, so 7 are left.", "7", "last number"),
+    ("The area is 24 m².", "24", "last number"),
     ("She makes $18 every day.", "18", "last number"),
     ("She sells 1,000 eggs for 2 dollars each, so 2,000.", "2000", "last number"),
     ("That is -5", "-5", "last number"),
@@ -61,7 +67,7 @@ def test_a_number_has_its_value(text, value):
     assert value_of(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "seven", "1/0", "1.2.3", "-"])
+@pytest.mark.parametrize("text", ["", "seven", "1/0", "1.2.3", "-", "1,2", "10²", "1e999999999"])
 def test_what_is_no_number_has_no_value(text):
     assert value_of(text) is None
 
@@ -73,6 +79,7 @@ def test_what_is_no_number_has_no_value(text):
         ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}", "boxed"),
         ("\\boxed 7$", "7", "boxed"),
         ("The answer is $x^2$. Good.", "$x^2$", "statement"),
+        ("The answer is **5**.", "5", "statement"),
         ("we get 5", "5", "last number"),
         ("\\boxed{}", None, "the box is empty"),
         ("\\boxed{7", "7", "last number"),
@@ -94,6 +101,8 @@ CODE = "def add(a, b):\n    return a + b\n"
         (f"```python\n{CODE}", CODE),
         (f"```bash\npip install x\n```\n```py\n{CODE}```", CODE),
         (f"```python\nimport os\n```\nand\n```python\n{CODE}```\n```python\nprint(add(1, 2))\n```", CODE),
+        ("1. So:\n   ```python\n   def add(a, b):\n       return a + b\n   ```\n", CODE),
+        ("```python\n    return a + b\n```", "    return a + b\n"),
         ("    return a + b", "    return a + b"),
         ("    return a + b\n```\nThis adds.", "    return a + b"),
     ],
@@ -117,6 +126,8 @@ def test_code_of_another_language_is_none():
         ("不正确", "no"),
         ("It says so; the answer is yes, no doubt", "yes"),
         ("The text says that it is true.", "yes"),
+        ("The text says that it is not true.", "no"),
+        ("That isn't correct.", "no"),
         ("答案：错", "no"),
         ("yes or no?", "yes"),
         ("Nothing is known", None),
@@ -153,6 +164,8 @@ def test_a_regex_takes_the_match_that_is_wanted():
 def test_a_regex_that_is_none_is_refused():
     with pytest.raises(ConfigError, match=r"'\(' is no regular expression"):
         found("regex", "", pattern="(")
+    with pytest.raises(ConfigError, match="select of the extractor regex is 'first'"):
+        found("regex", "", pattern="a", select="first")
     with pytest.raises(ConfigError, match="needs a pattern"):
         found("regex", "")
 

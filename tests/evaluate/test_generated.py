@@ -171,12 +171,13 @@ def test_shots_are_left_out_and_then_the_beginning_is_cut_off(task):
     ("old", "new", "message", "hint"),
     [
         ("gold: answer", "gold: answer\n    extract: leter", "unknown extractor 'leter'", "did you mean 'letter'?"),
+        ('choices: "[A, B]"', "extract: letter", "the extractor letter has no choices", "declare choices, or extract something else"),
         ("gold: answer", "gold: answer\n    metrics: [bleau]", "unknown metric of written answers 'bleau'", "did you mean 'bleu'?"),
         ("gold: answer", "gold: answer\n    arguments: {imges: row}", "arguments.imges is neither", None),
         ("gold: answer", "gold: answer\n    extract: [{regex: {patern: x}}]", "unknown option 'patern'", "did you mean 'pattern'?"),
     ],
 )
-def test_unknown_names_in_a_declaration_are_refused(task, old, new, message, hint):
+def test_a_declaration_that_nothing_can_be_made_of_is_refused(task, old, new, message, hint):
     with pytest.raises(ConfigError, match=message) as caught:
         task(MCQ.replace(old, new))
     assert caught.value.hint == hint

@@ -134,6 +134,10 @@ def test_calibration_compares_probabilities_with_what_is_right():
         ),
         ([replace(outcome(n, 1), detail={"notes": {"truncated": 3 * (n % 2)}}) for n in range(40)], "prompts truncated: 20"),
         (
+            [replace(outcome(n, 1), detail={"finish_reason": "length" if n % 2 else "stop"}) for n in range(40)],
+            "answers cut off at the most tokens that they may have: 20 (50%)",
+        ),
+        (
             [replace(outcome(n, 1), metrics={"acc": math.nan if n == 1 else 1.0}) for n in range(40)],
             "items without a finite value of acc, left out of its mean: 1",
         ),
@@ -329,21 +333,28 @@ def test_a_baseline_that_lost_answers_is_told(tmp_path):
         report.load(place)
 
 
-def test_a_report_of_other_models_is_kept_under_another_name(tmp_path):
-    report.write(tmp_path, [BASE])
-    report.write(tmp_path, [BASE])
-    assert sorted(path.name for path in tmp_path.glob("report*")) == ["report.html", "report.json", "report.md"]
-    report.write(tmp_path, [TUNED])
-    kept = sorted(path.name for path in tmp_path.glob("report-*"))
-    assert [name.split(".")[1] for name in kept] == ["html", "json", "md"]
-    assert json.loads((tmp_path / kept[1]).read_text(encoding="utf-8"))["models"][0]["name"] == "base"
-    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["models"][0]["name"] == "tuned"
+def numbers_alone(name, value):
+    about = replace(ABOUT, name="MMStar", title="MMStar", mode="VLMEvalKit 0.0.20", metric="Overall", groups={}, counts={})
+    return ModelResult(name, [TaskResult(about, [], {"Overall": value, "infer_failed": 1.0})])
 
 
-def test_a_foreign_report_does_not_stop_a_finished_evaluation(tmp_path):
-    (tmp_path / "report.json").write_text("mine", encoding="utf-8")
-    report.write(tmp_path, [BASE])
-    assert [path.read_text(encoding="utf-8") for path in tmp_path.glob("report-*.json")] == ["mine"]
+def test_a_number_without_items_is_shown_as_it_is(tmp_path, capsys):
+    models = [numbers_alone("a", 25.5), numbers_alone("b", 31.25)]
+    report.write(tmp_path, models)
+    report.show(models)
+    seen = capsys.readouterr()
+    assert "25.5" in seen.out and "31.25" in seen.out
+    assert "the number is that of VLMEvalKit 0.0.20 as it stands" in re.sub(r"\s+", " ", seen.err)
+    page = " ".join("".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).text).split())
+    assert "31.25" in page
+    with pytest.raises(DataError, match=r"holds results of VLMEvalKit 0\.0\.20, whose answers are in files of its own"):
+        report.load(tmp_path)
+
+
+def test_a_share_is_one_though_it_could_not_be_computed_of_an_item():
+    one = replace(outcome(0, 1), metrics={"acc": math.nan})
+    made = build([ModelResult("m", [TaskResult(ABOUT, [one, outcome(1, 1)])])])
+    assert made.tasks[0].shares == ["acc"]
 
 
 def test_the_terminal_shows_results_and_comparisons(capsys):

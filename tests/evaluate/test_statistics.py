@@ -68,8 +68,13 @@ def test_p_values_of_t_are_scipys(t, freedom):
     assert t_p_value(t, 1.0, freedom + 1) == pytest.approx(2 * scipy.stats.t.sf(abs(t), freedom), rel=1e-9)
 
 
-def test_a_difference_without_any_spread_is_certain_or_nothing():
-    assert (t_p_value(0.0, 0.0, 9), t_p_value(0.1, 0.0, 9), t_p_value(0.1, 1.0, 1)) == (1.0, 0.0, None)
+def test_no_difference_is_no_sign_and_one_item_says_nothing():
+    assert (t_p_value(0.0, 0.0, 9), t_p_value(0.1, 1.0, 1)) == (1.0, None)
+
+
+def test_equal_differences_are_as_sure_as_that_all_signs_agree():
+    assert t_p_value(0.1, 0.0, 9) == 2 / 2**9  # all nine up, or all down
+    assert t_p_value(0.1, 1e-34, 2) == 0.5
 
 
 def test_clusters_widen_the_interval_as_their_sums_vary():
@@ -170,6 +175,14 @@ def test_categories_of_equal_size_give_the_interval_of_all_items():
     assert (found.value, found.low, found.high) == (pytest.approx(plain.value), pytest.approx(plain.low), pytest.approx(plain.high))
 
 
+def test_clusters_whose_items_are_not_alike_cost_nothing_over_categories_either():
+    randomness = np.random.default_rng(0)
+    columns = [(randomness.random(400) < 0.5).astype(float) for _ in range(2)]
+    passages = [str(number // 4) for number in range(400)]
+    plain, clustered = macro([(column, None) for column in columns]), macro([(column, passages) for column in columns])
+    assert clustered.high - clustered.low == pytest.approx(plain.high - plain.low, rel=0.1)
+
+
 def test_a_category_of_one_item_leaves_no_interval():
     assert macro([([1.0, 0.0], None), ([1.0], None)]).low is None
 
@@ -189,3 +202,20 @@ def test_the_interval_of_shares_does_not_leave_them() -> None:
     found = mean([1.0, 0.9, 1.0, 1.0])
     assert (found.value, found.high) == (pytest.approx(0.975), 1.0)
     assert mean([0.0, 0.0, 2.0, 0.0]).low < 0  # no shares
+    found = macro([([0.0, 0.1, 0.0], None), ([0.9, 0.0], None)])
+    assert (found.value, found.low) == (pytest.approx((0.1 / 3 + 0.45) / 2), 0.0)
+    assert macro([([0.0, 0.1, 0.0], None), ([2.0, 0.0], None)]).low < 0
+
+
+def test_the_interval_of_a_share_of_sums_does_not_leave_it() -> None:
+    outcomes = [outcome(1, {"inst.sum": 1.0, "inst.count": 2.0}), outcome(2, {"inst.sum": 3.0, "inst.count": 3.0})]
+    found = estimate(outcomes, "inst")
+    assert (found.value, found.low, found.high) == (0.8, 0.0, 1.0)
+    scores = [outcome(1, {"score.sum": 1.0, "score.count": 2.0}), outcome(2, {"score.sum": 9.0, "score.count": 3.0})]
+    assert estimate(scores, "score").high > 1
+
+
+def test_no_perplexity_is_below_one_and_those_of_one_nat_a_token_may_be_above_e() -> None:
+    found = estimate([outcome(1, {"nll": 0.1, "tokens": 20.0}), outcome(2, {"nll": 3.0, "tokens": 3.0})], "perplexity")
+    assert found.low == 1.0
+    assert found.high > math.e

@@ -166,7 +166,7 @@ def test_nobody_there_is_one_line():
     assert caught.value.hint == "see --eval_url"
 
 
-@pytest.mark.parametrize("option", [{"max_model_len": 64}, {"quant_method": "bnb", "quant_bits": 4}, {"infer_backend": "transformers"}])
+@pytest.mark.parametrize("option", [{"quant_method": "bnb", "quant_bits": 4}, {"infer_backend": "transformers"}])
 def test_options_of_engines_are_refused_where_a_server_computes(option):
     with pytest.raises(ConfigError, match=f"--{next(iter(option))} has no effect with --eval_url"):
         config("http://127.0.0.1:9/v1", **option)

@@ -1,27 +1,22 @@
 """The native engine: requests in, deltas out, one forward pass a step."""
 
-import contextlib
-import ctypes
 import secrets
 from collections.abc import Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from swift import console
-from swift.config.generate import GenerateConfig
 from swift.engine.base import Delta, Logprob, Request, Sampling, resolved
 from swift.engine.growing import Growing, check_request, decoder, room_after
 from swift.engine.native.blocks import ROOT, Blocks
-from swift.engine.native.compiled import kernels
 from swift.engine.native.guide import Guides
-from swift.engine.native.mapped import MappedWeights
 from swift.engine.native.ngram import Guesser
-from swift.engine.native.packed import Format, pack_quantized
+from swift.engine.native.packed import Format
 from swift.engine.native.pages import PagedCache
 from swift.engine.native.runner import Runner, paging_fault
 from swift.engine.native.sampler import Chooser, choose, logprobs
@@ -30,9 +25,8 @@ from swift.engine.native.score import TrieScorer
 from swift.engine.native.vision import Vision, named, try_vision
 from swift.engine.scoring import Score, Text, context_of
 from swift.engine.writer import Writer
-from swift.errors import ConfigError, DataError, MachineError, ModelError
+from swift.errors import DataError, ModelError
 from swift.model.load import Loaded, end_tokens
-from swift.model.quantized.linear import QuantizedLinear
 
 LOGPROB_ROWS = 64  # of a prompt, whose logits are turned into log-probabilities at once
 
@@ -42,7 +36,8 @@ class NativeOptions:
     """``kv_cache_bytes`` is what keys and values may take; ``max_num_tokens`` what one forward pass computes at most.
 
     ``num_guessed``: tokens that are guessed from what was said before and computed along; 0 guesses none. ``weights``: the
-    format that the engine keeps them in, for which it takes the model apart; None leaves the model as it is.
+    format that the engine keeps them in, for which it takes the model apart; None leaves the model as it is. ``packs_late``
+    does so when the first request comes, and scores texts before it with the weights as they lie in their files, layer by layer.
     """
 
     kv_cache_bytes: int = 2**30
@@ -53,6 +48,7 @@ class NativeOptions:
     shares_prefixes: bool = True
     num_guessed: int = 0
     weights: Format | Literal["auto"] | None = None
+    packs_late: bool = False
 
 
 @dataclass(eq=False)
@@ -86,8 +82,11 @@ class NativeEngine:
         self.max_model_len = min(context_of(model), options.max_model_len or 2**62)
         self._generation_config = model.generation_config
         self._ends = tuple(end_tokens(model, loaded.tokenizer))
-        runner = Runner(model, PagedCache(0, options.block_size), options.weights)
+        runner = Runner(model, PagedCache(0, options.block_size))
         runner.vision = vision
+        self.runner = runner
+        if not options.packs_late:
+            self._pack()
         bytes_per_token = runner.bytes_per_token()
         size = bytes_per_token * options.block_size
         most = -(-options.max_num_seqs * min(self.max_model_len, 2**31) // options.block_size)
@@ -95,7 +94,6 @@ class NativeEngine:
         if num_blocks < 1:
             raise ModelError(f"{options.kv_cache_bytes} bytes hold no block of {options.block_size} tokens ({size} bytes)")
         runner.cache.num_blocks = num_blocks
-        self.runner = runner
         self.scheduler = Scheduler(
             Blocks(num_blocks, options.block_size),
             max_num_seqs=options.max_num_seqs,
@@ -108,6 +106,7 @@ class NativeEngine:
             bytes_per_token=bytes_per_token,
             kv_cache_bytes=options.kv_cache_bytes,
             max_num_tokens=options.max_num_tokens,
+            is_layer_by_layer=options.packs_late,
         )
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._guides = Guides(loaded.tokenizer, self._vocabulary, self._ends)
@@ -118,6 +117,7 @@ class NativeEngine:
     def add(self, request: Request) -> None:
         """See Engine."""
         check_request(request, self._answers, self.runner.adapters)
+        self._pack()
         sampling = resolved(request.sampling, self._generation_config)
         cached = self.scheduler.blocks.num_blocks * self.options.block_size
         media = request.media
@@ -228,6 +228,14 @@ class NativeEngine:
             self.abort(id)
         self.runner.cache.layers.clear()
 
+    def _pack(self) -> None:
+        """Weights get the format of the options, if they have not: prompts and answers are computed much faster by it."""
+        if self.options.weights is None or self.runner.packed is not None:
+            return
+        self.runner.pack(self.options.weights)
+        if self.runner.program is None:
+            console.say(f"the model's own forward runs between the kernels, which is slower: {self.runner.why_no_program}")
+
     def _of_prompt(self, part: Part, rows: Tensor | None) -> tuple[Tensor | None, None]:
         """The rows of ``part`` that new tokens come from; those of a prompt are noted, if wanted, and taken away."""
         sequence = part.sequence
@@ -295,80 +303,6 @@ class NativeEngine:
             self.num_cached_tokens += answer.sequence.num_cached
         noted = tuple(answer.prompt_logprobs) if begins and answer.sampling.prompt_logprobs is not None else None
         return replace(delta, prompt_logprobs=noted, num_cached=answer.sequence.num_cached)
-
-
-def make(loaded: Loaded, config: GenerateConfig) -> NativeEngine:
-    """As the options say. Without a C++ compiler torch's own kernels compute, unless --weight_format asks for others."""
-    options = NativeOptions(
-        weights=_weights(loaded, config.weight_format),
-        kv_cache_bytes=int(config.kv_cache_gib * 2**30),
-        max_num_seqs=config.max_batch_size or 64,
-        max_num_tokens=config.max_num_batched_tokens,
-        max_model_len=config.max_model_len,
-        shares_prefixes=config.enable_prefix_caching,
-        num_guessed=config.num_speculative_tokens,
-    )
-    loaded = _merged(loaded)
-    if options.weights is None:
-        return NativeEngine(loaded, options)
-    pack_quantized(loaded.model, options.weights)  # first, for the trials that follow
-    _copy_what_stays(loaded.model)
-    engine = NativeEngine(loaded, options)
-    if engine.runner.program is None:
-        console.say(f"the model's own forward runs between the kernels, which is slower: {engine.runner.why_no_program}")
-    _give_back_memory()
-    return engine
-
-
-def _copy_what_stays(model: Any) -> None:
-    """Weights that are not packed get memory of their own, where a mapped file that one of them is part of would be held whole."""
-    files = MappedWeights()
-    packed = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
-    packed.discard(id(model.get_input_embeddings().weight))  # of which the head may be a second use
-    for weight in (*model.parameters(), *model.buffers()):
-        if id(weight) not in packed and not files.holds(weight):
-            weight.data = weight.data.clone()
-
-
-def _give_back_memory() -> None:
-    """What packing took for a moment, which glibc keeps otherwise: some 160 MB of a model of 540."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _merged(loaded: Loaded) -> Loaded:
-    """With the adapter in the weights, unless these are quantized, which would lose of it. ModelError for one that cannot be."""
-    model = loaded.model
-    if not hasattr(model, "peft_config") or getattr(model, "is_quantized", False):
-        return loaded
-    if any(config.is_prompt_learning for config in model.peft_config.values()):
-        raise ModelError("the native engine cannot run this model: its adapter puts tokens before the prompt")
-    return replace(loaded, model=model.merge_and_unload().eval())
-
-
-def _weights(loaded: Loaded, wanted: str | None) -> Any:
-    if wanted == "torch":
-        return None
-    if loaded.device.type != "cpu" or loaded.dtype != torch.float32 or _is_foreign(loaded.model):
-        if wanted is not None:
-            kind = f"{str(loaded.dtype).removeprefix('torch.')} on {loaded.device}"
-            raise ConfigError(
-                f"--weight_format {wanted} is for a model in float32 on a CPU, not {kind}", hint="remove it, or say --torch_dtype float32"
-            )
-        return None
-    try:
-        kernels()
-    except MachineError as problem:
-        if wanted is not None:
-            raise
-        console.notice(f"{problem}; torch's own kernels are used, which are slower" + (f" ({problem.hint})" if problem.hint else ""))
-        return None
-    return wanted or "auto"
-
-
-def _is_foreign(model: Any) -> bool:
-    """Whether the weights are in few bits that another package alone can read."""
-    return getattr(model, "is_quantized", False) and not any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
 def _accepted(tokens: List[int], draft: List[int]) -> int:

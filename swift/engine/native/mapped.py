@@ -4,9 +4,13 @@ import contextlib
 import ctypes
 import mmap
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+
+from swift.model.quantized.linear import QuantizedLinear
 
 MADV_DONTNEED = 4
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ...p [0-9a-f]+ \S+ [1-9]\d* +.*\.safetensors$")
@@ -36,6 +40,38 @@ class MappedWeights:
                 begin, end = max(begin, -(-first // mmap.PAGESIZE) * mmap.PAGESIZE), min(end, last // mmap.PAGESIZE * mmap.PAGESIZE)
             if begin < end:
                 ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_DONTNEED)
+
+
+def lies_in_files(model: Any) -> bool:
+    """Whether all weights of ``model`` are numbers in mapped files, as they are there."""
+    if getattr(model, "is_quantized", False) or any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        return False
+    files = MappedWeights()
+    return all(files.holds(weight) for weight in model.parameters())
+
+
+@contextlib.contextmanager
+def layer_by_layer(model: Any) -> Iterator[None]:
+    """Within, a module's own mapped weights are let go when it has computed: those of one at a time take memory.
+
+    Each pass finds them in the file again, for which the system keeps a copy as long as nobody else needs the memory. A page
+    takes less than a microsecond then, so a pass of hundreds of tokens is not slower.
+    """
+    files = MappedWeights()
+
+    def let_go(module: Any, *_: Any) -> None:
+        for weight in module.parameters(recurse=False):
+            if weight.is_contiguous():
+                files.let_go(weight)
+
+    own = [module for module in model.modules() if any(files.holds(weight) for weight in module.parameters(recurse=False))]
+    hooks = [module.register_forward_hook(let_go) for module in own]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        files.let_go()
 
 
 def _unchanged(smaps: str) -> list[tuple[int, int]]:

@@ -36,6 +36,13 @@ class PagedCache:
             self.layers[layer] = self._made(*shapes, like=key)
         return self.layers[layer]
 
+    def write(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All places of ``layer``, of which ``places`` (T,) hold key and value (1, G, T, d) now."""
+        keys, values = self.of(layer, key, value)
+        keys.index_copy_(0, places, key[0].transpose(0, 1))
+        values.index_copy_(0, places, value[0].transpose(0, 1))
+        return keys, values
+
     def float32(self, layer: int, key: tuple[int, int], value: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The places of ``layer``, for keys and values of a token of these shapes (G, d), in float32."""
         if layer not in self.layers:
@@ -117,9 +124,7 @@ class Pages:
         **_: Any,
     ) -> Tensor:
         """(1, T, H, d) from query (1, H, T, d), key and value (1, G, T, d)."""
-        keys, values = self.cache.of(module.layer_idx, key, value)
-        keys.index_copy_(0, self.written, key[0].transpose(0, 1))
-        values.index_copy_(0, self.written, value[0].transpose(0, 1))
+        keys, values = self.cache.write(module.layer_idx, self.written, key, value)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
         extra = softcap, s_aux

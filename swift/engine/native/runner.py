@@ -36,10 +36,11 @@ class Runner:
         self._kernel: Any = None
         self.vision: Any = None  # of a model that reads images
         if weights is not None:
-            self._pack(model, weights)
+            self.pack(weights)
 
-    def _pack(self, model: Any, weights: Format | Literal["auto"]) -> None:
-        head = self.policy.head
+    def pack(self, weights: Format | Literal["auto"]) -> None:
+        """Keep the weights in the format ``weights``: the model is taken apart for it."""
+        model, head = self.policy.inner, self.policy.head
         self.packed = pack_model(model, weights)
         self._kernel = kernels().paged_attention
         if isinstance(head, Tensor):  # the weight itself, which the packed layer has in its place now

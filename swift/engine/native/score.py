@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from swift.engine.forward import ForwardScorer
+from swift.engine.native.mapped import layer_by_layer
 from swift.engine.native.pages import PagedCache
 from swift.engine.native.runner import Runner, paging_fault
 from swift.engine.native.tree import Path, Tree
@@ -27,15 +28,26 @@ class TrieScorer:
     """Scores texts with the model of ``runner``. What texts begin with in common is computed once.
 
     A pass computes ``max_num_tokens`` tokens. Keys and values of the longest text and of one pass are held at most; where
-    ``kv_cache_bytes`` are fewer, passes get shorter.
+    ``kv_cache_bytes`` are fewer, passes get shorter. ``is_layer_by_layer``: weights that lie in mapped files stay there, until
+    they are packed.
     """
 
-    def __init__(self, runner: Runner, *, context: int, bytes_per_token: int, kv_cache_bytes: int, max_num_tokens: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        context: int,
+        bytes_per_token: int,
+        kv_cache_bytes: int,
+        max_num_tokens: int,
+        is_layer_by_layer: bool = False,
+    ) -> None:
         self.runner = runner
         self.context = context
         self.vocabulary = int(runner.policy.inner.get_input_embeddings().weight.shape[0])
         self.most_places = kv_cache_bytes // bytes_per_token
         self.max_num_tokens = max_num_tokens
+        self.is_layer_by_layer = is_layer_by_layer
         self.num_computed = 0  # tokens, of all calls
         self.num_given = 0  # tokens that each text alone would have taken
 
@@ -83,7 +95,9 @@ class TrieScorer:
         taken, tiles = path.take(positions)
         tree = Tree(cache, torch.from_numpy(taken).to(device), tiles)
         rows_K, where_M = np.unique(trie.rows[wanted] - begin, return_inverse=True)
-        with torch.inference_mode() if self.runner.packed is not None else torch.no_grad():
+        is_packed = self.runner.packed is not None
+        in_files = layer_by_layer(self.runner.policy.inner) if self.is_layer_by_layer and not is_packed else contextlib.nullcontext()
+        with in_files, torch.inference_mode() if is_packed else torch.no_grad():
             states_TD = self.runner.states(torch.from_numpy(trie.ids[begin:end]), torch.from_numpy(positions), tree, adapter)
             states_KD = states_TD.index_select(0, torch.from_numpy(rows_K).to(device))
             return self._read(states_KD, where_M, trie.tokens[wanted])

@@ -106,9 +106,7 @@ class Tree:
         **_: Any,
     ) -> Tensor:
         """(1, T, H, d) from query (1, H, T, d), key and value (1, G, T, d)."""
-        keys, values = self.cache.of(module.layer_idx, key, value)
-        keys.index_copy_(0, self.written, key[0].transpose(0, 1))
-        values.index_copy_(0, self.written, value[0].transpose(0, 1))
+        keys, values = self.cache.write(module.layer_idx, self.written, key, value)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
         for rows, places, mask in self._seen_within(sliding_window):

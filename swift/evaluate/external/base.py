@@ -41,8 +41,10 @@ class Evaluator(Protocol):
 def generation(config: EvalConfig, names: Mapping[str, str] = GENERATION) -> dict[str, Any]:
     """Options of generation that somebody gave, by the names in ``names``; --eval_generation_config is the stronger.
 
-    A name that is not in ``names`` is passed on as it is: the package knows more options than we do.
+    A name in it that is not in ``names`` is passed on as it is: the package knows more options than we do. ConfigError for an
+    option of ours that the package does not have.
     """
+    config.refuse_without_effect([name for name in GENERATION if name not in names], f"with --eval_backend {config.eval_backend}")
     given = {name: getattr(config, name) for name in names if config.said(name)}
     given |= config.eval_generation_config or {}
     return {names.get(name, name): value for name, value in given.items()}
@@ -111,9 +113,17 @@ def digest(value: Any) -> str:
 
 
 def task_result(
-    name: str, title: str, maker: str, *, metric: str, outcomes: list[Outcome], numbers: Mapping[str, float], about: Mapping[str, Any]
+    name: str,
+    title: str,
+    maker: str,
+    asked: Any,
+    *,
+    metric: str,
+    outcomes: list[Outcome],
+    numbers: Mapping[str, float],
+    about: Mapping[str, Any],
 ) -> TaskResult:
-    """A task as ``maker`` ("evalscope 1.14.1") has evaluated it; ``numbers`` are its own."""
+    """A task as ``maker`` ("evalscope 1.14.1") has evaluated it with the options ``asked``; ``numbers`` are its own."""
     made = About(
         name=name,
         title=title,
@@ -124,6 +134,6 @@ def task_result(
         licence="",
         source=str(about.get("source") or ""),
         counts=about.get("counts") or {},
-        digest=digest([maker, name, dict(about), [outcome.id for outcome in outcomes]]),
+        digest=digest([maker, name, asked]),
     )
     return TaskResult(made, outcomes, dict(numbers))

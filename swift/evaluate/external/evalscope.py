@@ -29,6 +29,7 @@ from swift.evaluate.external.layout import laid_out
 from swift.evaluate.external.process import require, work
 from swift.evaluate.external.server import Served, serving
 from swift.evaluate.subject import Subject
+from swift.model.template import read_system
 
 NAMES = GENERATION | {"stop_words": "stop_seqs"}
 # What we say ourselves, and the option that says it.
@@ -79,8 +80,8 @@ def judge(config: EvalConfig, known: Mapping[str, Any]) -> None:
 def options_of(config: EvalConfig) -> dict[str, Any]:
     """EvalScope's TaskConfig, but for the model and where it is served."""
     arguments = {task: laid_out(config, "evalscope", task) for task in config.eval_dataset}
-    if config.system is not None:
-        arguments = {task: {"system_prompt": config.system} | given for task, given in arguments.items()}
+    if (system := read_system(config.system)) is not None:
+        arguments = {task: {"system_prompt": system} | given for task, given in arguments.items()}
     options: dict[str, Any] = {
         "datasets": list(config.eval_dataset),
         "dataset_args": {task: given for task, given in arguments.items() if given},
@@ -127,9 +128,10 @@ def read_task(own: Path, model: str, task: str, maker: str, options: dict[str, A
     """A task as EvalScope has written it below ``own``; MachineError if it has not."""
     try:
         report = json.loads((own / "reports" / model / f"{task}.json").read_text(encoding="utf-8"))
-        rows = _rows(own, model, task)
+        rows = _rows(own, model, task, options["datasets"])
         outcomes = [_outcome(row, subset) for subset, row in rows]
-        numbers, metric = _numbers(report), _main_metric(rows)
+        numbers = _numbers(report)
+        metric = _main_metric(rows) or next(iter(numbers), "")
         resolved = _resolved(own, task)
         counts = _counts(report, rows)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
@@ -140,9 +142,8 @@ def read_task(own: Path, model: str, task: str, maker: str, options: dict[str, A
         "source": resolved.get("dataset_id"),
         "counts": counts,
     }
-    return task_result(
-        task, report.get("dataset_pretty_name") or task, maker, metric=metric, outcomes=outcomes, numbers=numbers, about=about
-    )
+    title = report.get("dataset_pretty_name") or task
+    return task_result(task, title, maker, options, metric=metric, outcomes=outcomes, numbers=numbers, about=about)
 
 
 def _numbers(report: dict[str, Any]) -> dict[str, float]:
@@ -158,10 +159,13 @@ def _numbers(report: dict[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _rows(own: Path, model: str, task: str) -> list[tuple[str, dict[str, Any]]]:
+def _rows(own: Path, model: str, task: str, tasks: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
     """(subset, line) of its reviews, in the order of the data; it writes them in the order of the answers."""
     found = []
+    longer = tuple(f"{name}_" for name in tasks if name.startswith(f"{task}_"))  # mmlu_pro_math.jsonl is none of mmlu
     for file in sorted((own / "reviews" / model).glob(f"{task}_*.jsonl")):
+        if file.stem.startswith(longer):
+            continue
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         found += [(file.stem.removeprefix(f"{task}_"), row) for row in sorted(rows, key=lambda row: int(row["index"]))]
     return found

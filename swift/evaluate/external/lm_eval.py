@@ -10,6 +10,7 @@ from swift.config.evaluate import EvalConfig
 from swift.errors import ConfigError, MachineError
 from swift.evaluate.base import ModelResult, Outcome, TaskResult
 from swift.evaluate.external.base import (
+    GENERATION,
     check_settings,
     extra,
     generation,
@@ -23,6 +24,7 @@ from swift.evaluate.external.layout import laid_out, subsets_of
 from swift.evaluate.external.process import Child, require, work
 from swift.evaluate.external.server import serving
 from swift.evaluate.subject import Subject
+from swift.model.template import read_system
 
 HF, COMPLETIONS, CHAT = "hf", "local-completions", "local-chat-completions"
 # Our names of tasks, where it has others.
@@ -31,7 +33,7 @@ TASKS = {
     "arc": ["arc_easy", "arc_challenge"],
     "truthfulqa": ["truthfulqa_mc1", "truthfulqa_mc2"],
 }
-GENERATION = {"max_new_tokens": "max_gen_toks", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "stop_words": "until"}
+NAMES = GENERATION | {"max_new_tokens": "max_gen_toks", "stop_words": "until"}
 OURS = {
     "tasks": "--eval_dataset",
     "limit": "--eval_limit",
@@ -43,6 +45,11 @@ OURS = {
     "evaluation_tracker": "--eval_output_dir",
     "log_samples": "--eval_output_dir",
 }
+# Of our engines, and of the server that has them.
+ENGINE = (
+    "chat_template quant_method quant_bits infer_backend enable_thinking max_model_len weight_format kv_cache_gib max_num_batched_tokens"
+    " enable_prefix_caching num_speculative_tokens eval_num_proc seed"
+).split()
 SETTINGS = ("local_path", "subset_list", "few_shot_num")
 
 
@@ -63,8 +70,7 @@ def check(config: EvalConfig) -> None:
     config.refuse_without_effect(("eval_mode",), "with lm_eval, whose tasks declare how they are scored")
     model = model_of(config)
     if model == HF:
-        names = ("chat_template", "quant_method", "infer_backend", "enable_thinking", "max_model_len", "weight_format")
-        config.refuse_without_effect(names, f'with lm_eval\'s own model; --extra_eval_args {{"model": "{COMPLETIONS}"}} asks a server')
+        config.refuse_without_effect(ENGINE, f'with lm_eval\'s own model; --extra_eval_args {{"model": "{COMPLETIONS}"}} asks a server')
     check_settings(config)
     refuse_ours(config, OURS)
     arguments = extra(config).get("model_args") or {}
@@ -116,13 +122,13 @@ def shots_of(config: EvalConfig) -> int | None:
 
 def options_of(config: EvalConfig) -> dict[str, Any]:
     """What simple_evaluate takes, but for the model."""
-    kwargs = generation(config, GENERATION)
+    kwargs = generation(config, NAMES)
     return {
         "tasks": [name for task in config.eval_dataset for name in names_of(task)],
         "num_fewshot": shots_of(config),
         "limit": config.eval_limit,
         "batch_size": config.max_batch_size or 1,
-        "system_instruction": config.system,
+        "system_instruction": read_system(config.system),
         "apply_chat_template": bool(config.use_chat_template) or model_of(config) == CHAT,
         "gen_kwargs": kwargs or None,
     } | {name: value for name, value in extra(config).items() if name not in ("model", "model_args")}
@@ -201,9 +207,9 @@ def read_task(own: Path, name: str, maker: str, options: dict[str, Any]) -> Task
         sources = {results["configs"][leaf]["dataset_path"] for leaf in leaves}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
         raise MachineError(f"{own} does not hold what {maker} writes of {name}: {problem or type(problem).__name__}") from None
-    metric = next((key for key in numbers if "_stderr," not in key), "")
+    metric = next((key for key in [*numbers, *(key for outcome in outcomes for key in outcome.metrics)] if "_stderr," not in key), "")
     about = {"num_fewshot": shots, "uses_chat_template": options["apply_chat_template"], "source": ", ".join(sorted(sources))}
-    return task_result(name, name, maker, metric=metric, outcomes=outcomes, numbers=numbers, about=about)
+    return task_result(name, name, maker, options, metric=metric, outcomes=outcomes, numbers=numbers, about=about)
 
 
 def _leaves(results: dict[str, Any], name: str) -> list[str]:
@@ -228,11 +234,15 @@ def _outcomes(own: Path, leaf: str, category: str) -> list[Outcome]:
 
 
 def _answer(row: dict[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
-    """(prompt, prediction, detail): of choices their log-likelihoods, of which the largest is meant; else what was written."""
+    """(prompt, prediction, detail): of choices their log-likelihoods, of which the largest is meant; else what was written.
+
+    A filter may leave a list of texts: programs of HumanEval, or answers of which one is chosen.
+    """
     arguments, answers = row["arguments"], row["filtered_resps"]
     prompt = str(arguments[0][0])
-    if isinstance(answers[0], list):
+    first = answers[0]
+    if isinstance(first, list) and isinstance(first[0], int | float):
         values = [float(answer[0]) for answer in answers]
         detail = {"loglikelihoods": values, "choices": [each[1] for each in arguments]}
         return prompt, str(values.index(max(values))), detail
-    return prompt, str(answers[0]), {"answer": row["resps"][0][0]}
+    return prompt, str(first[0] if isinstance(first, list) else first), {"answer": row["resps"][0][0]}

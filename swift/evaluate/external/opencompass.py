@@ -90,20 +90,23 @@ def run(config: EvalConfig, models: Sequence[Subject], folder: Path) -> list[Mod
     check(config)
     tasks = [{"name": task, "path": settings(config, task).get("local_path")} for task in config.eval_dataset]
     asked = {"tasks": tasks, "limit": config.eval_limit, "words": words_of(config)}
-    results = []
+    options, results = asked | {"generation": generation(config, NAMES)}, []
     for model in models:
-        own = own_folder(folder, model, "opencompass", asked | {"generation": generation(config, NAMES)})
+        own = own_folder(folder, model, "opencompass", options)
         with serving(model, own / "server.log") as served:
             tokenizer = None if config.eval_url is not None and config.model is None else str(model.source.path)
             job = asked | {"folder": str(own), "key": served.key, "model": model_of(config, served, tokenizer)}
             found = work("opencompass", "run", job, config, log=own / "log.txt", server=served.child)
         maker = f"OpenCompass {found['version']}"
-        made = [read_rows(found["rows"], task, found["names"][task], served.model, maker, own) for task in config.eval_dataset]
+        rows, names = found["rows"], found["names"]
+        made = [read_rows(rows, task, names[task], served.model, maker, own, options) for task in config.eval_dataset]
         results.append(ModelResult(model.name, made, {"evaluator": maker, "files": str(own), "asked": config.eval_url or "swift deploy"}))
     return results
 
 
-def read_rows(rows: Sequence[Mapping[str, str]], task: str, parts: Sequence[str], model: str, maker: str, own: Path) -> TaskResult:
+def read_rows(
+    rows: Sequence[Mapping[str, str]], task: str, parts: Sequence[str], model: str, maker: str, own: Path, options: Mapping[str, Any]
+) -> TaskResult:
     """The rows of its summary that belong to ``task``: its numbers, in percent as it gives them; it gives no items here."""
     numbers: dict[str, float] = {}
     for row in rows:
@@ -115,7 +118,8 @@ def read_rows(rows: Sequence[Mapping[str, str]], task: str, parts: Sequence[str]
             numbers[name] = value
     if not numbers:
         raise MachineError(f"{maker} gives no number for {task}", hint=f"see {own / 'log.txt'}")
-    return task_result(task, task, maker, metric=next(iter(numbers)), outcomes=[], numbers=numbers, about={"uses_chat_template": True})
+    about = {"uses_chat_template": True}
+    return task_result(task, task, maker, options, metric=next(iter(numbers)), outcomes=[], numbers=numbers, about=about)
 
 
 def _number(text: str) -> float:

@@ -30,11 +30,12 @@ POLL_S = 0.1
 
 @dataclass
 class Child:
-    """A process in a group of its own. It reads what stands in ``log`` of itself when something goes wrong."""
+    """A process in a group of its own. It reads what stands in ``log`` of itself, from ``begin`` on, when something goes wrong."""
 
     process: "subprocess.Popen[bytes]"
     log: Path
     name: str
+    begin: int
 
     @property
     def is_alive(self) -> bool:
@@ -42,7 +43,8 @@ class Child:
 
     def told(self) -> str:
         """What it said last: its line about an error if there is one, else the last line."""
-        lines = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        text = self.log.read_bytes()[self.begin :].decode("utf-8", "replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         errors = [line for line in lines[-30:] if line.lower().startswith("error") or "Error: " in line]
         return (errors or lines or ["it said nothing"])[-1][:300]
 
@@ -66,15 +68,16 @@ def started(
     command = [python, "-P", str(PROGRAM), *words]
     log.parent.mkdir(parents=True, exist_ok=True)
     with explain_os_errors(log), log.open("ab") as output:
+        begin = output.tell()
         try:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True
             )
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):  # a folder, too
             raise ConfigError(
                 f"there is no Python at {python}", hint='say --extra_eval_args \'{"python": "ENVIRONMENT/bin/python"}\''
             ) from None
-    child = Child(process, log, name)
+    child = Child(process, log, name, begin)
     try:
         yield child
     finally:

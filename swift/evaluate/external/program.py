@@ -51,12 +51,11 @@ def _work(program: str, action: str) -> None:
     _watch(kill=True)
     try:
         answer = runpy.run_path(program)[action](job)
-    except ModuleNotFoundError as problem:
-        traceback.print_exc()
-        answer = {"missing": problem.name}
     except (Exception, SystemExit) as problem:
         traceback.print_exc()
         answer = {"error": (str(problem).strip() or type(problem).__name__), "kind": type(problem).__name__}
+        if isinstance(problem, ModuleNotFoundError) and problem.name:  # a package that raises it by itself names nothing
+            answer = {"missing": problem.name}
     _write(job["answer"], answer)
 
 

@@ -17,11 +17,11 @@ from typing import Any
 from swift.config.deploy import DeployConfig
 from swift.config.evaluate import EvalConfig
 from swift.config.options import options_of
-from swift.engine.remote import Endpoint, read_key
-from swift.errors import ConfigError, MachineError
+from swift.errors import MachineError
 from swift.evaluate.external.base import safe_name
 from swift.evaluate.external.process import POLL_S, Child, started
 from swift.evaluate.subject import Subject
+from swift.evaluate.written import served_at
 
 START_S = 600.0  # a model may be large; a server that fails ends at once
 # Said by this module, secret, or of no meaning to a server that answers evaluation alone.
@@ -112,14 +112,6 @@ def _is_ready(url: str) -> bool:
 
 
 def at_url(config: EvalConfig) -> Served:
-    """The server at --eval_url, which must answer and know the model by name; the only one if none is named."""
-    assert config.eval_url is not None
-    url, key = config.eval_url.rstrip("/"), read_key(config.eval_api_key, "eval_api_key")
-    known = Endpoint(url, key, 30.0, "eval").models()
-    wanted = config.model or (config.models[0] if config.models else None)
-    if wanted is None and len(known) == 1:
-        return Served(url, key, known[0], None)
-    if wanted not in known:
-        said = f"has no model {wanted}" if wanted else f"serves {len(known)} models"
-        raise ConfigError(f"{url} {said}", hint=f"name one with --model: {', '.join(known[:8])}")
-    return Served(url, key, str(wanted), None)
+    """The server at --eval_url, which must answer, and its model that is meant."""
+    endpoint, name = served_at(config)
+    return Served(endpoint.url, endpoint.key, name, None)

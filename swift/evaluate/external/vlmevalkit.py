@@ -72,12 +72,12 @@ def run(config: EvalConfig, models: Sequence[Subject], folder: Path) -> list[Mod
         with serving(model, own / "server.log") as served:
             found = work("vlmevalkit", "run", {"options": options | place(own, served)}, config, log=own / "log.txt", server=served.child)
         maker = f"VLMEvalKit {found['version']}"
-        tasks = [read_row(found["rows"], task, maker, own) for task in config.eval_dataset]
+        tasks = [read_row(found["rows"], task, maker, own, options) for task in config.eval_dataset]
         results.append(ModelResult(model.name, tasks, {"evaluator": maker, "files": str(own), "asked": config.eval_url or "swift deploy"}))
     return results
 
 
-def read_row(rows: Sequence[Mapping[str, Any]], task: str, maker: str, own: Path) -> TaskResult:
+def read_row(rows: Sequence[Mapping[str, Any]], task: str, maker: str, own: Path, options: Mapping[str, Any]) -> TaskResult:
     """The row of its summary for ``task``: its numbers, and how many items it could not ask; it gives no items."""
     row = next((row for row in rows if row.get("benchmark") == task), None)
     if row is None or row.get("eval_error"):
@@ -89,6 +89,5 @@ def read_row(rows: Sequence[Mapping[str, Any]], task: str, maker: str, own: Path
     if not numbers:
         raise MachineError(f"{maker} gives no number for {task}, but {values!r}", hint=f"see {own / 'log.txt'}")
     counts = {name: float(row[name]) for name in ("infer_failed", "infer_total", "judge_failed") if row.get(name) is not None}
-    return task_result(
-        task, task, maker, metric=next(iter(numbers)), outcomes=[], numbers=numbers | counts, about={"uses_chat_template": True}
-    )
+    about = {"uses_chat_template": True}
+    return task_result(task, task, maker, options, metric=next(iter(numbers)), outcomes=[], numbers=numbers | counts, about=about)

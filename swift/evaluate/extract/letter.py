@@ -6,9 +6,10 @@ an emphasised letter, the last letter. A letter is never taken out of a word, an
 """
 
 import re
-import unicodedata
 from collections.abc import Callable, Iterator
 
+from swift.evaluate.characters import narrow
+from swift.evaluate.extract.parts import stated
 from swift.evaluate.judging import Extractor, Found, Question, Setting
 
 _OPEN = r"[\\\s*_`\"'“‘(\[{$]*"
@@ -58,26 +59,27 @@ def make(setting: Setting) -> Extractor:
 
 def _plain(text: str) -> str:
     """Full-width letters and signs as those of ASCII."""
-    wide = "".join(unicodedata.normalize("NFKC", char) if "！" <= char <= "～" else char for char in text)
-    return wide.translate(_WIDE).strip()
+    return narrow(text).translate(_WIDE).strip()
 
 
 def _letter(letters: str) -> str:
     """A pattern of one letter that is no part of a word, a name such as C++, or an article."""
     article = rf"(?!(?<=[AI])[ \t]+(?!(?:{_AFTER})\b)[a-z])"
-    return rf"(?<![A-Za-z0-9_.])([{letters}])(?![A-Za-z0-9_'’]|-[A-Za-z]|\+\+|#){article}"
+    return rf"(?<![A-Za-z0-9_.])([{letters}])(?![A-Za-z0-9_]|['’-][A-Za-z]|\+\+|#){article}"
+
+
+def _both(letters: str) -> str:
+    return letters + letters.lower()
 
 
 def _boxed(text: str, question: Question) -> str | None:
-    found = re.findall(rf"\\boxed\s*\{{\s*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{{)?\s*\(?([{question.letters}])\)?\s*[}}.:]", text)
-    return found[-1] if found else None
+    found = re.findall(rf"\\boxed\s*\{{\s*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{{)?\s*\(?([{_both(question.letters)}])\)?\s*[}}.:]", text)
+    return found[-1].upper() if found else None
 
 
 def _choice_text(text: str, question: Question) -> str | None:
     """The answer, its first line or what is said to be the answer is the text of exactly one choice."""
-    said = [text, text.split("\n")[0]]
-    said += re.findall(r"(?:answer is|answer:|答案是|答案为|答案:)\s*:?\s*([^\n]+)", text, re.IGNORECASE)[-1:]
-    wanted = {_bare(part) for part in said}
+    wanted = {_bare(part) for part in (text, text.split("\n")[0], stated(text) or "")}
     hits = {
         letter
         for letter, choice in zip(question.letters, question.choices, strict=False)
@@ -100,8 +102,9 @@ def _statements(text: str, letters: str) -> Iterator[tuple[int, str]]:
     """(place, letter) of each statement."""
     one = _letter(letters)
     more = rf"{_CLOSE}(?:\bor\b|\band\b|/|&|、|和|或|与|及){_OPEN}{one}"
-    # A letter in lower case counts in brackets, or behind a colon at the end of a line.
-    small = rf"\(([{letters.lower()}])\)|(?<=[:\s])(?<=:)\s*([{letters.lower()}])[.)]?\s*$"
+    # A letter in lower case counts in brackets, behind a colon at the end of a line, or at the end of a sentence.
+    low = rf"([{letters.lower()}])"
+    small = rf"\({low}\)|(?<=:)\s*{low}[.)]?\s*$|(?<![A-Za-z0-9'’]){low}(?:[.)]\s*$|\s*\Z)"
     for before in _BEFORE:
         for match in re.finditer(rf"(?i:{before})(?:{_OPEN}{one}|{small})", text, re.MULTILINE):
             letter = next(group for group in match.groups() if group)
@@ -119,6 +122,8 @@ def _beginning(text: str, question: Question) -> str | None:
         return text.strip(" \t\n*_`\"'“”‘’()[]{}$.。").upper()
     if _lists_choices(text, question.letters):
         return None
+    if small := re.match(rf"([{question.letters.lower()}])\)\s", text):
+        return small[1].upper()
     one = _letter(question.letters)
     if re.match(rf"{_OPEN}{one}{_CLOSE}(?:,\s*)?(?:\bor\b|\band\b|/|&|,|、|和|或|与){_OPEN}{one}", text):
         return ""
@@ -131,11 +136,11 @@ def _beginning(text: str, question: Question) -> str | None:
 
 def _lists_choices(text: str, letters: str) -> bool:
     """Whether lines begin with several letters: the choices are repeated, or gone through."""
-    return len(set(re.findall(rf"^{_OPEN}([{letters}]){_CLOSE}[.):、]", text, re.MULTILINE))) > 1
+    return len(set(re.findall(rf"^{_OPEN}([{_both(letters)}]){_CLOSE}[.):、]", text, re.MULTILINE))) > 1
 
 
 def _emphasised(text: str, question: Question) -> str | None:
-    found = re.findall(rf"\*\*\W*{_letter(question.letters)}(?:[.):、\s][^*\n]*)?\*\*", text)
+    found = re.findall(rf"(?<!\*)\*\*\W*{_letter(question.letters)}(?:[.):、\s][^*\n]*)?\*\*", text)
     return found[-1] if len(set(found)) == 1 else None
 
 

@@ -1,13 +1,14 @@
 r"""The number, or the value in LaTeX, that a written answer ends with.
 
-Rules in their order: behind #### (the first, since what follows a final answer is another question), \boxed{} (the last),
-"the answer is" (the last), the last number.
+Rules in their order: right behind #### (the first, since what follows a final answer is another question; not in a heading,
+"#### 1. Add"), \boxed{} (the last), "the answer is" (the last), the last number.
 """
 
 import re
-import unicodedata
 from fractions import Fraction
 
+from swift.evaluate.characters import narrow
+from swift.evaluate.extract.parts import stated
 from swift.evaluate.judging import Extractor, Found, Question, Setting
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d{4})|\d+)(?:\.\d+)?|\.\d+"
@@ -17,9 +18,9 @@ _NUMBER = re.compile(
     rf"(?P<sign>(?<![\w)\]}}%.])[-−–+]\s?)?(?:(?:[$€£¥￥]|\\\$)\s?(?P<inner>-)?)?"
     rf"(?:{_FRACTION}|(?P<top>(?<![\d/])\d+)\s?/\s?(?P<bottom>\d+)(?![\d/])|(?P<plain>{_DIGITS})(?P<power>[eE][-+]?\d+)?)"
 )
-_FINAL = re.compile(
-    r"(?:answer|result|total)\b[^.\n#]{0,40}?(?:\bis\b|:|=)|答案\s*(?:应该|应|就)?(?:是|为|:|：)+|(?:^|\n)\s*Answer\s*:", re.I
-)
+_MARKED = re.compile(r"####\s*\**(?!\d+[.)]\s+[^\W\d])([^\n]*)")
+_FINAL = re.compile(r"\banswers?\b[^.\n#]{0,40}?(?:\bis\b|:|=)|答案\s*(?:应该|应|就)?(?:是|为|:|：)+", re.IGNORECASE)
+_NEAR = 60  # characters between "the answer is" and the number
 
 
 def make(setting: Setting) -> Extractor:
@@ -35,24 +36,25 @@ def make_math(setting: Setting) -> Extractor:
 
 
 def _number(text: str, question: Question) -> Found:
-    plain = unicodedata.normalize("NFKC", text)
+    plain = narrow(text)
     if not plain.strip():
         return Found(None, "the answer is empty")
-    marked = re.search(r"####\s*([^\n]*)", plain)
-    if marked is not None and (value := _first(marked[1])) is not None:
-        return Found(value, "####")
+    for marked in _MARKED.finditer(plain):
+        if number := _NUMBER.match(marked[1]):
+            return Found(_written(number), "####")
     if (inside := boxed(plain)) is not None and (value := _first(inside)) is not None:
         return Found(value, "boxed")
     for match in reversed(list(_FINAL.finditer(plain))):
-        if (value := _first(plain[match.end() : match.end() + 60].split("\n")[0])) is not None:
-            return Found(_last(_sentence(plain[match.end() :])) or value, "statement")
+        line = plain[match.end() :].split("\n", 1)[0]
+        if (number := _NUMBER.search(line)) and number.start() < _NEAR:
+            return Found(_last(_sentence(line)) or _written(number), "statement")
     value = _last(plain)
     return Found(value, "last number") if value is not None else Found(None, "no number")
 
 
-def _sentence(text: str) -> str:
-    """Up to the end of a sentence: "The answer is 3 + 4 = 7. Next" ends with 7."""
-    return re.split(r"\n|(?<!\d)[.。]|[.。](?!\d)", text, maxsplit=1)[0] if "=" in text.split("\n")[0] else ""
+def _sentence(line: str) -> str:
+    """Up to the end of a sentence that reckons: "The answer is 3 + 4 = 7. Next" ends with 7."""
+    return re.split(r"(?<!\d)[.。]|[.。](?!\d)", line, maxsplit=1)[0] if "=" in line else ""
 
 
 def _math(text: str, question: Question) -> Found:
@@ -60,11 +62,10 @@ def _math(text: str, question: Question) -> Found:
         return Found(None, "the answer is empty")
     if (inside := boxed(text)) is not None:
         return Found(inside.strip(), "boxed") if inside.strip() else Found(None, "the box is empty")
-    said = re.findall(r"(?:answer is|answer:|答案是|答案为|答案[:：])\s*:?\s*([^\n]+)", text, re.IGNORECASE)
-    if said and (value := re.split(r"\.(?:\s|$)|。", said[-1])[0].strip()):
+    if value := re.split(r"\.(?:\s|$)|。", stated(text) or "")[0].strip(" *"):
         return Found(value, "statement")
-    value = _last(text)
-    return Found(value, "last number") if value is not None else Found(None, "neither a box nor a number")
+    found = _last(text)
+    return Found(found, "last number") if found is not None else Found(None, "neither a box nor a number")
 
 
 def boxed(text: str) -> str | None:
@@ -104,9 +105,15 @@ def _written(match: re.Match[str]) -> str:
 
 
 def value_of(text: str) -> Fraction | None:
-    """The number that ``text`` is: commas, currency, a sign, a fraction and a per cent sign (which is left out) are known."""
-    bare = unicodedata.normalize("NFKC", text).strip().strip("$€£¥%").replace(",", "").replace("−", "-").replace("\\", "").rstrip(". %")
-    bare = re.sub(r"^([-+]?)[$€£¥]", r"\1", bare)
+    """The number that ``text`` is: commas of thousands, currency, a sign, a fraction and a per cent sign (which is left out) are known.
+
+    An exponent of four digits or more is none that a task means, and a fraction of that size would fill the memory.
+    """
+    bare = narrow(text).strip().strip("$€£¥￥%").replace("−", "-").replace("\\", "").rstrip(". %")
+    bare = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", bare)
+    bare = re.sub(r"^([-+]?)[$€£¥￥]", r"\1", bare)
+    if re.search(r"[eE][-+]?[\d_]{4}", bare):
+        return None
     try:
         return Fraction(bare)
     except (ValueError, ZeroDivisionError):

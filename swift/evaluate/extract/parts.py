@@ -8,8 +8,14 @@ from swift.errors import ConfigError
 from swift.evaluate.judging import Extractor, Found, Question, Setting
 
 _EMPTY = "the answer is empty"
-_FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^([ \t]*)(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\2[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = ("python", "python3", "py", "")
+
+
+def stated(text: str) -> str | None:
+    """What stands behind the last "the answer is", up to the end of its line."""
+    said = re.findall(r"(?:answer is|answer:|答案是|答案为|答案[:：])\s*:?\s*([^\n]+)", text, re.IGNORECASE)
+    return said[-1] if said else None
 
 
 def make_text(setting: Setting) -> Extractor:
@@ -38,7 +44,11 @@ def make_regex(setting: Setting) -> Extractor:
         raise ConfigError(f"task {setting.task}: the extractor regex needs a pattern") from None
     except re.error as problem:
         raise ConfigError(f"task {setting.task}: {setting.options['pattern']!r} is no regular expression: {problem}") from None
-    select = int(setting.options.get("select", -1))
+    select = setting.options.get("select", -1)
+    if not isinstance(select, int):
+        raise ConfigError(
+            f"task {setting.task}: select of the extractor regex is {select!r}", hint="give a whole number: 0, 1, or -1 for the last"
+        )
 
     def extract(text: str, question: Question) -> Found:
         found = list(pattern.finditer(text))
@@ -59,7 +69,9 @@ def make_code(setting: Setting) -> Extractor:
             return Found(None, _EMPTY)
         if _goes_on(text):
             return Found(text.split("\n```")[0].rstrip(), "text")
-        blocks = [body for _, kind, body in _FENCE.findall(text) if kind.lower() in _PYTHON and body.strip()]
+        # In a list, fence and code are indented alike, and the code by itself is not.
+        found = [(kind, re.sub(f"^{indent}", "", body, flags=re.MULTILINE)) for indent, _, kind, body in _FENCE.findall(text)]
+        blocks = [body for kind, body in found if kind.lower() in _PYTHON and body.strip()]
         name = question.fields.get("entry_point")
         defining = [body for body in blocks if name and re.search(rf"^\s*(?:async\s+)?def\s+{re.escape(str(name))}\b", body, re.MULTILINE)]
         if defining:
@@ -84,8 +96,11 @@ def make_yes_no(setting: Setting) -> Extractor:
     return _yes_no
 
 
-_YES = r"\byes\b|\btrue\b|\bcorrect\b|^是的?|^对的?|^正确|(?:答案|结论)\s*(?:是|为|[:：])\s*(?:是|对|正确)"
-_NO = r"\bno\b|\bfalse\b|\bincorrect\b|^不是|^不对|^否|^错误?|^不正确|(?:答案|结论)\s*(?:是|为|[:：])\s*(?:否|不|错)"
+_YES = r"\byes\b|(?<!\bnot )(?<!n't )\b(?:true|correct)\b|^是的?|^对的?|^正确|(?:答案|结论)\s*(?:是|为|[:：])\s*(?:是|对|正确)"
+_NO = (
+    r"\bno\b|\bfalse\b|\bincorrect\b|(?:\bnot|n't) (?:true|correct)\b|^不是|^不对|^否"
+    r"|^错误?|^不正确|(?:答案|结论)\s*(?:是|为|[:：])\s*(?:否|不|错)"
+)
 
 
 def _yes_no(text: str, question: Question) -> Found:

@@ -1,12 +1,9 @@
-"""Programs judged by running them on the tests of their task: pass@1 of an answer, pass@k of several (Chen et al. 2021)."""
+"""Programs judged by running them on the tests of their task: pass@1 (Chen et al. 2021), of several answers to a question their mean."""
 
-import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from swift.errors import ConfigError, DataError
-from swift.evaluate.base import Outcome
 from swift.evaluate.judging import Judged, Metric, Setting, Verdict
 from swift.evaluate.metrics.limited import Limits, isolation, run_limited
 
@@ -50,20 +47,3 @@ def program_of(fields: Mapping[str, Any], code: str) -> str:
         setup = fields.get("test_setup_code") or "\n".join(fields.get("test_imports") or [])
         return "\n\n".join([setup, code, *fields["test_list"]]) + "\n"
     raise DataError("a row has no tests", hint="HumanEval has prompt, test and entry_point; MBPP has test_list")
-
-
-def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k): the chance that one of k answers, drawn from n of which c pass, passes (Chen et al. 2021, eq. 1)."""
-    if not 1 <= k <= num_samples:
-        raise ConfigError(f"pass@{k} needs at least {k} answers to each question, not {num_samples}")
-    return 1.0 - math.comb(num_samples - num_passed, k) / math.comb(num_samples, k)
-
-
-def pass_at(outcomes: Iterable[Outcome], k: int) -> float:
-    """pass@k over questions, whose answers have the id of the question, # and a number."""
-    results: dict[str, list[float]] = defaultdict(list)
-    for outcome in outcomes:
-        results[outcome.id.rpartition("#")[0] or outcome.id].append(outcome.metrics[PASS])
-    if not results:
-        raise ConfigError("there are no answers to judge")
-    return sum(pass_at_k(len(each), round(sum(each)), k) for each in results.values()) / len(results)

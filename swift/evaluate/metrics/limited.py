@@ -96,11 +96,15 @@ def run_limited(program: str, limits: Limits) -> Ran:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """The process with all that it began, whatever became of it."""
+    """The process with all that it began, whatever became of it. What has left its group may hold its output open: nobody reads on."""
     with contextlib.suppress(PermissionError, ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
-    process.communicate()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):  # input that nobody took
+                stream.close()
 
 
 def _resources(limits: Limits) -> dict[str, int]:

@@ -8,33 +8,28 @@ import re
 import string
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 
+from swift.evaluate.characters import HAN
 from swift.evaluate.extract.number import value_of
 from swift.evaluate.judging import Judged, Metric, Setting, Verdict
 
-HAN = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
-def make_acc(setting: Setting) -> Metric:
-    """``acc``: what was found is a right answer, letter for letter, but for case and white space."""
-    setting.take()
+def by_equality(name: str, is_equal: Callable[[str, str], bool]) -> Callable[[Setting], Metric]:
+    """What makes a metric that is 1 where something was found that equals a right answer."""
 
-    def judge(judged: Judged) -> Verdict:
-        found = " ".join((judged.found.value or "").split()).casefold()
-        return Verdict({"acc": float(any(found == " ".join(gold.split()).casefold() for gold in judged.golds))})
+    def make(setting: Setting) -> Metric:
+        setting.take()
 
-    return Metric(("acc",), judge)
+        def judge(judged: Judged) -> Verdict:
+            found = judged.found.value
+            return Verdict({name: float(found is not None and any(is_equal(found, gold) for gold in judged.golds))})
 
+        return Metric((name,), judge)
 
-def make_exact_match(setting: Setting) -> Metric:
-    """``exact_match``: equal after normalisation, or as numbers."""
-    setting.take()
-
-    def judge(judged: Judged) -> Verdict:
-        return Verdict({"exact_match": float(judged.found.value is not None and any(equal(judged.found.value, g) for g in judged.golds))})
-
-    return Metric(("exact_match",), judge)
+    return make
 
 
 def make_f1(setting: Setting) -> Metric:
@@ -42,7 +37,8 @@ def make_f1(setting: Setting) -> Metric:
     setting.take()
 
     def judge(judged: Judged) -> Verdict:
-        return Verdict({"f1": max((word_f1(judged.found.value or "", gold) for gold in judged.golds), default=0.0)})
+        found = judged.found.value
+        return Verdict({"f1": 0.0 if found is None else max((word_f1(found, gold) for gold in judged.golds), default=0.0)})
 
     return Metric(("f1",), judge)
 
@@ -71,3 +67,12 @@ def equal(found: str, gold: str) -> bool:
     """Equal numbers, or equal after normalisation, which would make 25 of 2.5."""
     left, right = value_of(found), value_of(gold)
     return left == right if left is not None and right is not None else normalised(found) == normalised(gold)
+
+
+def same_text(found: str, gold: str) -> bool:
+    """Equal letter for letter, but for case and white space."""
+    return " ".join(found.split()).casefold() == " ".join(gold.split()).casefold()
+
+
+make_acc = by_equality("acc", same_text)
+make_exact_match = by_equality("exact_match", equal)

@@ -179,7 +179,7 @@ def judge_notice(answer: str, facts: Facts) -> Verdict:
         "amounts": _share(amounts),
         "advice": _share(advice),
         "grounded": len(right) / max(len(right) + len(wrong), 1),
-        "language": float(language_of(text) == facts.language),
+        "language": float(written_in(text) == facts.language),
         "form": float(not num_copied and has_form(text, facts)),
     }
     is_right = all(value == 1 for value in metrics.values())
@@ -268,7 +268,7 @@ def sentences_of(text: str) -> list[str]:
     return [line.strip() for line in marked.splitlines() if line.strip()]
 
 
-def language_of(text: str) -> str:
+def written_in(text: str) -> str:
     """ "zh" if most letters are Chinese, "en" if none is, "mixed" for what lies between and "" where there are none."""
     chinese, latin = len(_HAN.findall(text)), len(re.findall(r"[A-Za-z]", text))
     if not chinese + latin:

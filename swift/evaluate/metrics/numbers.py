@@ -9,33 +9,13 @@ import re
 from fractions import Fraction
 
 from swift.evaluate.extract.number import value_of
-from swift.evaluate.judging import Judged, Metric, Setting, Verdict
+from swift.evaluate.metrics.match import by_equality
 
 _GROUP = r"\{([^{}]*)\}"
 
 
-def make_number(setting: Setting) -> Metric:
-    """``acc``: the same rational number (5, 5.0, 5.00; 1/2 and 0.5)."""
-    setting.take()
-
-    def judge(judged: Judged) -> Verdict:
-        return Verdict({"acc": float(judged.found.value is not None and any(same_number(judged.found.value, g) for g in judged.golds))})
-
-    return Metric(("acc",), judge)
-
-
-def make_math(setting: Setting) -> Metric:
-    """``acc``: the same number, or the same expression as far as writing goes."""
-    setting.take()
-
-    def judge(judged: Judged) -> Verdict:
-        return Verdict({"acc": float(judged.found.value is not None and any(same_math(judged.found.value, g) for g in judged.golds))})
-
-    return Metric(("acc",), judge)
-
-
 def same_number(one: str, other: str) -> bool:
-    """False also if one of both is no number."""
+    """The same rational number (5, 5.0, 5.00; 1/2 and 0.5). False also if one of both is no number."""
     left, right = value_of(one), value_of(other)
     return left is not None and left == right
 
@@ -53,19 +33,21 @@ def same_math(one: str, other: str) -> bool:
 
 def plain_math(text: str) -> str:
     """``text`` in one way of writing, without white space."""
-    made = text.strip().strip("$").rstrip(".")
-    made = re.sub(r"\\(?:left|right|displaystyle|[!,;:> ])(?![a-z])", "", made.replace("\\\\", "\\"))
+    made = text.strip().lstrip("$").rstrip("$. ")
+    made = re.sub(r"(?<!\\)\\ ", "", made).replace("\\\\", "\\")  # a space by name; then the end of a row, spaces around it or not
+    made = re.sub(r"\\(?:(?:left|right|displaystyle)(?![a-z])|[!,;:>])", "", made).replace("{,}", ",")
     made = re.sub(
         r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{\s*(?:cm|mm|m|km|kg|g|s|inches|inch|feet|units?|degrees?|hours?|dollars?)?\s*\}"
         r"(?:\s*\^\s*\{?\d\}?)?\s*$",
         "",
         made,
     )
+    made = re.sub(r"(?<=[\d}])\s*\\(?:text|mbox)\s*\{\s[a-zA-Z. ]*\}(?:\s*\^\s*\{?\d\}?)?\s*$", "", made)  # any other unit
     made = re.sub(rf"\\(?:text|mathrm|mathbf|textbf|mbox)\s*{_GROUP}", r"\1", made)
     made = made.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\cdot", "*").replace("\\times", "*")
     made = made.replace("^\\circ", "").replace("^{\\circ}", "").replace("\\%", "").replace("%", "").replace("\\$", "")
-    made = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", made)
-    made = re.sub(r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{", made)
+    made = re.sub(r"\\frac(?:\s*(\d)|\s+([a-z]))\s*(?=[\da-z{])", r"\\frac{\1\2}", made)
+    made = re.sub(rf"\\frac\s*{_GROUP}\s*([\da-z])", r"\\frac{\1}{\2}", made)
     made = re.sub(r"\\sqrt\s*(\w)", r"\\sqrt{\1}", made)
     made = re.sub(r"\s+", "", made)
     made = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", made)
@@ -98,3 +80,7 @@ def _value(text: str) -> Fraction | None:
     if top is None or not bottom:
         return None
     return (-1 if match[1] else 1) * top / bottom
+
+
+make_number = by_equality("acc", same_number)
+make_math = by_equality("acc", same_math)

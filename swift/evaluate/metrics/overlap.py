@@ -11,8 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from swift.evaluate.characters import HAN
 from swift.evaluate.judging import Judged, Metric, Setting, Verdict
-from swift.evaluate.metrics.match import HAN
 
 ORDER, CHARACTERS, BETA = 4, 6, 2
 

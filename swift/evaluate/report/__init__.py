@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,13 @@ def load(folder: Path) -> list[ModelResult]:
 
 
 def _task(folder: Path, result: dict[str, Any]) -> TaskResult:
+    if not result["file"]:
+        raise DataError(
+            f"{folder} holds results of {result['about']['mode']}, whose answers are in files of its own",
+            hint="--eval_baseline takes those of swift's own evaluation; name both models in one command",
+        )
     path = folder / result["file"]
-    if not result["file"] or not path.is_file():
+    if not path.is_file():
         raise DataError(
             f"{path} is missing: the answers of {result['model']} on {result['about']['name']}",
             hint="copy the folder items with the report, or evaluate this model again",
@@ -106,19 +112,19 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 def _keep_other(folder: Path, value: dict[str, Any]) -> None:
     """Rename a report on other models or tasks, or what else has this name, by the time at which it was written."""
-    path = folder / f"{NAME}.json"
+    there = [path for ending in ("html", "md", "json") if (path := folder / f"{NAME}.{ending}").exists()]
     try:
         old = _read(folder)
-        if old is None or _subject(old) == _subject(value):
+        if not there or (old is not None and _subject(old) == _subject(value)):
             return
     except DataError:
         pass
-    made = datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y%m%dT%H%M%SZ")
-    for ending in ("html", "md", "json"):
-        path = folder / f"{NAME}.{ending}"
-        if path.exists():
-            with explain_os_errors(path):
-                os.replace(path, folder / f"{NAME}-{made}.{ending}")
+    made = datetime.fromtimestamp(there[-1].stat().st_mtime, UTC).strftime("%Y%m%dT%H%M%SZ")
+    names = (f"{NAME}-{made}" + (f"-{number}" if number else "") for number in count())
+    free = next(name for name in names if not any((folder / f"{name}{path.suffix}").exists() for path in there))
+    for path in there:
+        with explain_os_errors(path):
+            os.replace(path, folder / f"{free}{path.suffix}")
 
 
 def _plain(value: Any) -> Any:

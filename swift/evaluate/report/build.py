@@ -1,6 +1,7 @@
 """From outcomes to a Report: every figure is computed here, and nowhere else."""
 
 import math
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,10 +16,11 @@ from swift.evaluate.report import details
 from swift.evaluate.report.caveats import warnings
 from swift.evaluate.report.schema import Category, Effect, Flip, Group, Model, Report, Result, TaskPart
 from swift.evaluate.results import file_of
-from swift.evaluate.statistics import RATIOS, estimate, estimate_macro, metrics_of
+from swift.evaluate.statistics import RATIOS, Estimate, estimate, estimate_macro, metrics_of
 
 FLIPS = 3  # shown of each side of a comparison
 TEXT = 1500  # characters shown of a prompt or an answer
+SECRET = re.compile(r"(key|token|secret|password)$", re.IGNORECASE)  # what options of packages for secrets are called
 
 
 def build(
@@ -31,7 +33,7 @@ def build(
     named = _renamed(models, baselines)
     everyone = [*models, *named]
     compared, refused = compare_all(models, named)
-    options = {} if config is None else {name: value for name, value in to_dict(config).items() if config.said(name)}
+    options = {} if config is None else _public({name: value for name, value in to_dict(config).items() if config.said(name)})
     return Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         swift=swift.__version__,
@@ -44,6 +46,15 @@ def build(
         effects=_effects(everyone, contamination),
         flips=[flip for item in compared for flip in _flips(item, everyone)],
     )
+
+
+def _public(value: Any) -> Any:
+    """``value`` without the secrets that a package may have been given, such as the key of a judge in --extra_eval_args."""
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: "***" if SECRET.search(str(name)) and isinstance(item, str) else _public(item) for name, item in value.items()}
 
 
 def _renamed(models: Sequence[ModelResult], baselines: Sequence[ModelResult]) -> list[ModelResult]:
@@ -81,7 +92,8 @@ def _shares(outcomes: Sequence[Outcome]) -> list[str]:
     largest: dict[str, float] = {}
     for outcome in outcomes:
         for name, value in outcome.metrics.items():
-            largest[name] = max(largest.get(name, 0.0), value if value >= 0 else math.inf)
+            if not math.isnan(value):
+                largest[name] = max(largest.get(name, 0.0), value if value >= 0 else math.inf)
     means = [name for name, value in largest.items() if value <= 1]
     ratios = [name for name in metrics_of(outcomes) if name not in largest and name not in RATIOS]
     return means + [name for name in ratios if (found := estimate(outcomes, name)) and 0 <= found.value <= 1]
@@ -93,7 +105,7 @@ def _result(model: ModelResult, task: TaskResult, is_own: bool, is_share: bool, 
         model=model.name,
         about=about,
         items=len(outcomes),
-        value=estimate(outcomes, about.metric),
+        value=estimate(outcomes, about.metric) or _told(task),
         macro=estimate_macro(outcomes, about.metric) if len({outcome.category for outcome in outcomes}) > 1 else None,
         metrics={name: value for name in metrics_of(outcomes) if (value := estimate(outcomes, name))},
         groups=_groups(task),
@@ -111,6 +123,12 @@ def _result(model: ModelResult, task: TaskResult, is_own: bool, is_share: bool, 
     if dirty:
         made.warnings.append(f"examples in the training data: {len(dirty)}")
     return made
+
+
+def _told(task: TaskResult) -> Estimate | None:
+    """What another package says of a metric that its items do not have: the number alone, in its own unit."""
+    value = task.facts.get(task.about.metric)
+    return None if value is None else Estimate(value, None, None, 0, 0, "none")
 
 
 def _categories(task: TaskResult) -> list[Category]:

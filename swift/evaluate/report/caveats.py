@@ -24,7 +24,12 @@ def warnings(result: Result, outcomes: Sequence[Outcome], is_share: bool) -> lis
     if result.items and result.unanswered / result.items > UNANSWERED:
         share = result.unanswered / result.items
         found.append(f"answers that could not be read, and count as wrong: {result.unanswered} ({share:.0%})")
-    if result.value is not None:
+    cut = sum(outcome.detail.get("finish_reason") == "length" for outcome in outcomes)
+    if result.items and cut / result.items > UNANSWERED:
+        found.append(f"answers cut off at the most tokens that they may have: {cut} ({cut / result.items:.0%})")
+    if result.value is not None and not result.value.count:
+        found.append(f"the number is that of {result.about.mode} as it stands, without items for an interval or a comparison")
+    elif result.value is not None:
         found += _few(result.value, is_share)
         missing = len(outcomes) - len(finite(outcomes, result.about.metric))
         if missing:

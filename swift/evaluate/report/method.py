@@ -6,8 +6,8 @@ METHOD = (
     " delta method over documents. Items that share a text (a premise, a passage) count as one cluster; categories are no clusters.",
     "The mean over categories weighs each category alike, whatever its number of items.",
     "Comparisons pair the answers of two models to the same item. Right or wrong: McNemar's exact test, and the interval of Bonett"
-    " and Price (2012). Other metrics, and clusters: paired t. p (Holm) is adjusted for the number of tasks on which the two are"
-    " compared; below 0.05 the second model is called better or worse.",
+    " and Price (2012), in clusters of as many items as would be independent. Other metrics, and p in clusters: paired t."
+    " p (Holm) is adjusted for the number of tasks on which the two are compared; below 0.05 the second model is called better or worse.",
     "Guessing is the larger of two shares: 1 / number of choices, and that of the most frequent right answer.",
     "Calibration: the error is the mean distance between the probability of the chosen answer among the choices and how often it is"
     " right, in ten bins (Guo et al. 2017).",

@@ -58,6 +58,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         manager = tasks.TaskManager(include_path=str(own))
     results: Any = library.simple_evaluate(**job["options"], task_manager=manager, log_samples=True)
     samples = results.pop("samples")
+    tags = {name: sorted(manager.task_index[name].tags) for name in job["options"]["tasks"] if name in manager.all_tags}
+    results["group_subtasks"] = results.get("group_subtasks", {}) | tags  # lm_eval keeps only the tasks of a tag
     for task, rows in samples.items():
         text = "".join(json.dumps(row, default=plain, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"samples_{task}.jsonl").write_text(text, encoding="utf-8")

@@ -32,6 +32,11 @@ def _parser() -> argparse.ArgumentParser:
     raise AssertionError("OpenCompass has parsed without a parser")
 
 
+def _refuse(message: str) -> None:
+    """In place of the parser's own, which prints and ends the process."""
+    raise argparse.ArgumentTypeError(message)
+
+
 def _folders() -> list[Path]:
     home = Path(str(import_module("opencompass").__file__)).parent / "configs"
     return [home / "datasets", home / "dataset_collections"]
@@ -44,10 +49,10 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
         (action.option_strings or [action.dest])[-1].lstrip("-") for action in parser._actions if action.dest not in ("help", "config")
     ]
     problem = None
+    parser.error = _refuse  # type: ignore[method-assign,assignment]
     try:
-        parser.exit_on_error = False
         parser.parse_args(["config.py", *job["words"]])
-    except (argparse.ArgumentError, SystemExit) as found:
+    except argparse.ArgumentTypeError as found:
         problem = str(found)
     tasks = sorted({file.stem for folder in _folders() for file in folder.rglob("*.py") if not file.stem.startswith("_")})
     return {"version": version("opencompass"), "options": sorted(options), "tasks": tasks, "problem": problem}
@@ -72,11 +77,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
                 one["path"] = task["path"]
         names[task["name"]] = [one["abbr"] for one in own]
         datasets += own
+    before = set(folder.glob("*/summary/summary_*.csv"))
     config_file = folder / "config.py"
     config_kind({"models": [job["model"]], "datasets": datasets}).dump(str(config_file))
     sys.argv = ["opencompass", str(config_file), "--work-dir", str(folder), *job["words"]]
     import_module("opencompass.cli.main").main()
-    summary = max(folder.glob("*/summary/summary_*.csv"))
+    summary = max(set(folder.glob("*/summary/summary_*.csv")) - before)  # each run writes to a new folder, named by time
     with summary.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return {"version": version("opencompass"), "names": names, "rows": rows}

@@ -26,5 +26,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     report: Any = import_module("vlmeval.smp").collect_run_benchmark_report
     library.run_task(arguments.Arguments(**job["options"]))
     folder = Path(job["options"]["work_dir"])
-    rows = [row for file in sorted(folder.rglob("status.json")) for row in report(str(file.parent))]
+    files = sorted(folder.rglob("status.json"), reverse=True)  # folders are named by time; one that was stopped is still there
+    rows = [row for file in files for row in report(str(file.parent))]
     return {"version": version("ms-vlmeval"), "rows": rows}
