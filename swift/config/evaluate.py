@@ -82,7 +82,7 @@ class EvalConfig(TasksConfig, GenerateConfig, QuantConfig, ModelConfig):
         if not self.eval_dataset:
             raise ConfigError("no task is given", hint="say --eval_dataset mmlu gsm8k; swift eval --list_tasks true shows all")
         given = [bool(self.models), self.model is not None or bool(self.adapters), self.eval_url is not None]
-        if self.eval_url is None and not any(given):
+        if not any(given):
             raise ConfigError("no model is given", hint="swift eval MODEL --eval_dataset mmlu")
         if self.models and given[1]:
             raise ConfigError("models are given twice: by themselves and by --model or --adapters", hint="keep one")

@@ -8,13 +8,14 @@ from typing import Any
 
 import msgspec
 
+from swift.config.evaluate import EvalConfig
 from swift.errors import ConfigError, DataError
 from swift.evaluate import TASKS
 from swift.evaluate.base import About, Example, Task
 from swift.evaluate.prompt import Chat, Prompt, Shot, check_syntax, render, scope, value
-from swift.evaluate.read import Data, read
-from swift.evaluate.settings import Settings, settings_of
-from swift.evaluate.spec import Choosing, Mode, Reading, TaskSpec, Writing
+from swift.evaluate.read import Data, read, texts_of
+from swift.evaluate.settings import Settings, refuse_without_effect, settings_of
+from swift.evaluate.spec import AnyMode, Choosing, Mode, Reading, TaskSpec, Writing
 
 LETTERS = ascii_uppercase
 """Of choices."""
@@ -30,6 +31,8 @@ def make_task(spec: TaskSpec, config: Any, tokenizer: Any, max_model_len: int | 
         made: Task = TASKS.get(spec.python)(spec, config, tokenizer, max_model_len)
         return made
     settings = settings_of(spec, config)
+    if isinstance(config, EvalConfig):
+        refuse_without_effect(config, tokenizer)
     mode = settings.mode_of(spec)
     _check_syntax(spec, mode)
     if settings.mode == "generate":
@@ -47,13 +50,11 @@ def make_task(spec: TaskSpec, config: Any, tokenizer: Any, max_model_len: int | 
     return scored.Choices(declared, mode, tokenizer, max_model_len)
 
 
-def _check_syntax(spec: TaskSpec, mode: Mode | Reading) -> None:
-    expressions = [*spec.fields.values(), *(drop.when for drop in spec.drop), *(text for text in (spec.id, spec.cluster) if text)]
-    expressions += [text for layout in spec.source.layouts for text in layout.fields.values()]
-    if isinstance(mode, Choosing | Writing):
-        expressions += [text for text in (mode.choices, mode.gold) if isinstance(text, str) and text]
-    check_syntax(expressions, expressions=True)
-    check_syntax([mode.text, mode.context] if isinstance(mode, Reading) else [mode.description, mode.prompt], expressions=False)
+def _check_syntax(spec: TaskSpec, mode: AnyMode) -> None:
+    templates, expressions = texts_of(spec, mode)
+    fields = [text for layout in spec.source.layouts for text in layout.fields.values()]
+    check_syntax([*spec.fields.values(), *fields, *expressions], expressions=True)
+    check_syntax(templates, expressions=False)
 
 
 @dataclass
@@ -144,9 +145,8 @@ def _digest(spec: TaskSpec, settings: Settings, data: Data, uses_chat: bool) -> 
     return hashlib.sha256(msgspec.json.encode(what, order="deterministic")).hexdigest()
 
 
-def choices_of(mode: Choosing | Writing, fields: dict[str, Any], where: str) -> tuple[list[str], list[int]]:
+def choices_of(mode: Choosing, fields: dict[str, Any], where: str) -> tuple[list[str], list[int]]:
     """The texts of the choices, and the indices of the right ones. DataError for an answer that is none of them."""
-    assert mode.choices is not None
     found = value(mode.choices, fields, where) if isinstance(mode.choices, str) else mode.choices
     if not isinstance(found, Sequence) or isinstance(found, str) or len(found) < 1:
         raise DataError(f"{where}: the choices are {_shown(found)}, not a list of texts")
@@ -154,12 +154,12 @@ def choices_of(mode: Choosing | Writing, fields: dict[str, Any], where: str) -> 
     gold = value(mode.gold, fields, where)
     golds = [_index(one, choices, f"{where}: {mode.gold}") for one in (gold if isinstance(gold, list | tuple) else [gold])]
     if not golds:
-        raise DataError(f"{where}: no choice is right")
+        raise DataError(f"{where}: no choice is right, by {mode.gold}")
     return choices, golds
 
 
 def _index(gold: Any, choices: list[str], where: str) -> int:
-    """The place of the right answer, given as a number, a choice, or the letter of one."""
+    """The place of the right answer, given as a number or as the text of a choice."""
     if isinstance(gold, bool):
         gold = int(gold)
     if isinstance(gold, int):

@@ -128,7 +128,9 @@ def cut(text: Text, most: int) -> Text:
         return text
     if over >= text.start:
         scored = len(text.tokens) - text.start
-        raise DataError(f"a choice has {scored} tokens, the model reads {most}", hint="give a larger --max_model_len, if the model has one")
+        raise DataError(
+            f"the text to score has {scored} tokens, the model reads {most}", hint="give a larger --max_model_len, if the model has one"
+        )
     return Text(text.tokens[over:], text.start - over)
 
 

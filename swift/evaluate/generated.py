@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from swift.data.template import ChatTemplate, text_tokenizer
+from swift.data.template import text_tokenizer
 from swift.engine.base import Completion, Request, Sampling
 from swift.engine.media import ImagePrompts
 from swift.engine.scoring import Score
@@ -26,10 +26,11 @@ from swift.evaluate.generation import sampling_of
 from swift.evaluate.judging import Extractor, Found, Judged, Metric, Question, Setting
 from swift.evaluate.metrics import METRICS
 from swift.evaluate.pictured import Pictures, data_url, messages_of, parts_of, shown
-from swift.evaluate.prompt import Prompt, check_syntax, render, value
+from swift.evaluate.prompt import Prompt, check_syntax, names_in, render, value
 from swift.evaluate.settings import Settings
 from swift.evaluate.spec import TaskSpec, Writing
 from swift.evaluate.written import Written
+from swift.files import sha256_file
 
 ANSWERED = "answered"  # the metric that is 1 where something was found in the answer
 _ARGUMENTS = ("images", "messages")
@@ -67,15 +68,34 @@ class Generated:
         self._metrics = self._made_metrics()
         names = [name for metric in self._metrics for name in metric.names]
         main = mode.metrics[0] if mode.metrics[0] in names else names[0]
-        digest = hashlib.sha256(f"{declared.about.digest} {sampling} {is_chat} {asker.is_remote}".encode()).hexdigest()
+        system = declared.settings.system if asker.is_remote and is_chat else None  # the declaration's digest has it of a template
+        asked = f"{declared.about.digest} {sampling} {is_chat} {asker.is_remote}" + ("" if system is None else f" {system!r}")
+        digest = hashlib.sha256(asked.encode()).hexdigest()
         self.about = replace(declared.about, metric=main, uses_chat_template=is_chat, digest=digest)
         check_syntax([str(mode.arguments[name]) for name in _ARGUMENTS if name in mode.arguments], expressions=True)
-        for example in declared.data.examples:  # a wrong answer is told before anything is computed
-            self._question(declared.scope(example), declared.where(example))
-        rows = {str(example.fields.get("index", example.id)): example.fields for example in declared.data.examples}
+        for example in declared.data.examples:  # what is wrong in a row is told before anything is computed
+            fields, where = declared.scope(example), declared.where(example)
+            self._question(fields, where)
+            declared.prompt(mode, example, render(mode.prompt, fields, where))
+        rows = {str(example.fields.get("index", example.id)): example.fields for example in declared.data.rows}
         self._pictures = Pictures(rows)
-        if (self._has_images or mode.arguments.get("messages")) and declared.settings.num_fewshot:
-            raise ConfigError(f"task {spec.name} shows images, which solved examples cannot have", hint="give --eval_num_fewshot 0")
+        if self._has_images or mode.arguments.get("messages"):
+            if declared.settings.num_fewshot:
+                raise ConfigError(f"task {spec.name} shows images, which solved examples cannot have", hint="give --eval_num_fewshot 0")
+            asker.check_images()
+        self.about = replace(self.about, digest=self._digest_with_files(digest))
+
+    def _digest_with_files(self, digest: str) -> str:
+        """``digest`` with what is in the files of images, which rows only name."""
+        made = hashlib.sha256(digest.encode())
+        count = 0
+        for example in self.declared.data.rows:
+            where = self.declared.where(example)
+            for image in self._with_images(self.declared.scope(example), where)[1]:
+                if (file := self._pictures.file(image, where)) is not None:
+                    made.update(sha256_file(file).encode())
+                    count += 1
+        return made.hexdigest() if count else digest
 
     @property
     def _has_images(self) -> bool:
@@ -120,9 +140,13 @@ class Generated:
             return found
         return [replace(example, id=f"{example.id}#{number}") for example in found for number in range(self._num_samples)]
 
+    def _asked(self, example: Example) -> Example:
+        """The row that ``example`` is an answer to."""
+        return example if self._num_samples == 1 else replace(example, id=example.id.rpartition("#")[0])
+
     def _where(self, example: Example) -> str:
         """File and line, for messages."""
-        return self.declared.where(example if self._num_samples == 1 else replace(example, id=example.id.rpartition("#")[0]))
+        return self.declared.where(self._asked(example))
 
     def requests(self, example: Example) -> Asked:
         """See Task."""
@@ -134,7 +158,7 @@ class Generated:
         if messages:
             return self._asker.with_images(messages, [self._pictures.picture(image, where) for image in images], sampling, where)
         question = render(self.mode.prompt, fields, where)
-        return self._asker.with_text(self.declared.prompt(self.mode, example, question), sampling, where)
+        return self._asker.with_text(self.declared.prompt(self.mode, self._asked(example), question), sampling)
 
     def _with_images(self, fields: dict[str, Any], where: str) -> tuple[list[dict[str, Any]], list[Any]]:
         """Messages and images of a row; no messages if it is a text."""
@@ -171,7 +195,7 @@ class Generated:
         if self.declared.spec.cluster is not None:
             detail["cluster"] = str(value(self.declared.spec.cluster, fields, where))
         elif self._num_samples > 1:
-            detail["cluster"] = example.id.rpartition("#")[0]
+            detail["cluster"] = self._asked(example).id
         ordered = {self.about.metric: metrics[self.about.metric], **metrics}
         return Outcome(example.id, example.category, asked.prompt, " | ".join(golds), found.value, ordered, detail)
 
@@ -202,18 +226,22 @@ class Generated:
         if self.mode.choices is None:
             return Question(fields=fields), tuple(str(one) for one in golds)
         given = value(self.mode.choices, fields, where) if isinstance(self.mode.choices, str) else self.mode.choices
-        choices = [str(choice) for choice in given]
-        if all(len(choice) == 1 and choice in LETTERS for choice in choices):
+        choices = [str(choice) for choice in (given.values() if isinstance(given, Mapping) else given)]
+        letters = "".join(given) if isinstance(given, Mapping) else LETTERS[: len(choices)]
+        # Of a row, single letters are texts as others are: blood groups, symbols of elements.
+        is_of_row = isinstance(self.mode.choices, str) and names_in(expressions=[self.mode.choices])
+        if not is_of_row and all(len(choice) == 1 and choice in LETTERS for choice in choices):
             letters, choices = "".join(choices), []
-        else:
-            letters = LETTERS[: len(choices)]
         return Question(letters, tuple(choices), fields), tuple(_as_letter(one, letters, choices, where) for one in golds)
 
 
 def _as_letter(gold: Any, letters: str, choices: Sequence[str], where: str) -> str:
+    """The letter of the right answer, given as its place, its letter or its text. A letter is never the text of another choice."""
     if isinstance(gold, int) and 0 <= gold < len(letters):
         return letters[gold]
     text = str(gold).strip()
+    if len(text) == 1 and text in letters:
+        return text
     if text in choices:
         return letters[choices.index(text)]
     if len(text) == 1 and text.upper() in letters:
@@ -241,7 +269,7 @@ class _Asker:
         self._processor = tokenizer if tokenizer is not self._tokenizer else None
         self._reader: ImagePrompts | None = None
 
-    def with_text(self, prompt: Prompt, sampling: Sampling, where: str) -> Asked:
+    def with_text(self, prompt: Prompt, sampling: Sampling) -> Asked:
         """Solved examples are left out from the first on, and then the beginning is cut off, until there is room for the answer."""
         room = self._most - min(sampling.max_new_tokens, self._most // 2)
         num_shots = len(prompt.shots)
@@ -263,18 +291,21 @@ class _Asker:
             return list(ImagePrompts(self._processor, None).to_ids(text))
         return self._encoder.ids(text, special=self._declared.chat is None)
 
-    def with_images(self, messages: list[dict[str, Any]], images: Sequence[Any], sampling: Sampling, where: str) -> Asked:
-        """DataError if the model reads no images, or these do not fit its context."""
+    def check_images(self) -> None:
+        """ModelError or ConfigError if the model is not asked about images."""
         if self._processor is None:
             raise ModelError("the model reads text only, and the task shows images", hint="name a model that reads images")
         if self._declared.chat is None:
             raise ConfigError("images need the model's chat template", hint="remove --use_chat_template false")
-        template: ChatTemplate = self._declared.chat.template
-        self._reader = self._reader or ImagePrompts(self._processor, template)
+        self._reader = ImagePrompts(self._processor, self._declared.chat.template)
         if not self._reader.takes_images:
             raise ModelError("the model's chat template takes no images", hint="--chat_template names another")
+
+    def with_images(self, messages: list[dict[str, Any]], images: Sequence[Any], sampling: Sampling, where: str) -> Asked:
+        """After ``check_images``. DataError if these do not fit the model's context."""
+        assert self._reader is not None and self._declared.chat is not None
         try:
-            ids, media = self._reader.ready(template.text(messages, prompt=True), images)
+            ids, media = self._reader.ready(self._declared.chat.template.text(messages, prompt=True), images)
         except DataError as problem:
             raise DataError(f"{where}: {problem}") from None
         if len(ids) >= self._most:
@@ -290,7 +321,7 @@ class _RemoteAsker:
     def __init__(self, declared: Declared, is_chat: bool, system: str | None) -> None:
         self._declared, self._is_chat, self._system = declared, is_chat, system
 
-    def with_text(self, prompt: Prompt, sampling: Sampling, where: str) -> Asked:
+    def with_text(self, prompt: Prompt, sampling: Sampling) -> Asked:
         """A prefix of the answer is left out of messages, which end with the question."""
         if not self._is_chat:
             text = prompt.plain()
@@ -299,9 +330,12 @@ class _RemoteAsker:
         notes = {"prefix_left_out": prompt.prefix} if prompt.prefix else {}
         return Asked(shown(messages), request=Written(id="", messages=tuple(messages), sampling=sampling), notes=notes)
 
-    def with_images(self, messages: list[dict[str, Any]], images: Sequence[Any], sampling: Sampling, where: str) -> Asked:
+    def check_images(self) -> None:
+        """ConfigError if the server is sent no messages."""
         if not self._is_chat:
             raise ConfigError("images need messages", hint="remove --use_chat_template false")
+
+    def with_images(self, messages: list[dict[str, Any]], images: Sequence[Any], sampling: Sampling, where: str) -> Asked:
         pictures = iter(images)
         sent = [{**message, "content": [_sent(part, pictures) for part in message["content"]]} for message in messages]
         return Asked(shown(messages), request=Written(id="", messages=tuple(sent), sampling=sampling))

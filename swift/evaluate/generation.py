@@ -27,21 +27,24 @@ _OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penal
 
 
 def sampling_of(mode: Writing, config: Any, is_chat: bool) -> Sampling:
-    """Greedy unless the user says otherwise. An option is stronger than --eval_generation_config, that than the declaration.
+    """Greedy unless the user says otherwise; do_sample alone samples as the model's generation_config says.
 
+    An option is stronger than --eval_generation_config, that than the declaration.
     With a chat template, stop words of the declaration that begin with a line break are left out (see ``generated``).
     ``config`` is a TasksConfig, of which those of an EvalConfig generate by options; None is none.
     """
     stop = tuple(word for word in mode.stop if not (is_chat and word.startswith("\n")))
     said: dict[str, Any] = {"max_new_tokens": mode.max_new_tokens, "stop_words": stop}
-    said |= _given(getattr(config, "eval_generation_config", None) or {}, stop)
+    given = getattr(config, "eval_generation_config", None) or {}
+    said |= _given(given, stop)
     for name in _OPTIONS:
         if getattr(config, name, None) is not None:
             said[name] = getattr(config, name)
     if words := getattr(config, "stop_words", None):
         said["stop_words"] = (*stop, *words)
     temperature = said.get("temperature")
-    if temperature == 0 or (temperature is None and said.get("top_k") is None and said.get("top_p") is None):
+    is_sampled = given.get("do_sample") or any(said.get(name) is not None for name in ("temperature", "top_k", "top_p"))
+    if temperature == 0 or not is_sampled:
         said["temperature"] = 0.0
     elif "seed" not in said:
         said["seed"] = getattr(config, "seed", 42)
@@ -52,7 +55,9 @@ def _given(given: Mapping[str, Any], stop: tuple[str, ...]) -> dict[str, Any]:
     said: dict[str, Any] = {}
     for name, value in given.items():
         if name == "do_sample":
-            if value is False:
+            if not isinstance(value, bool):
+                raise ConfigError(f"--eval_generation_config: do_sample is {value!r}", hint="give true or false")
+            if not value:
                 said["temperature"] = 0.0
         elif name not in _NAMES:
             match = near(name, [*_NAMES, "do_sample"])

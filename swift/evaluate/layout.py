@@ -12,7 +12,7 @@ from swift import hub
 from swift.data.sources import BUILT_IN
 from swift.errors import DataError, HubError, near
 from swift.evaluate.settings import Settings
-from swift.evaluate.spec import Layout, TaskSpec, normal, task_names
+from swift.evaluate.spec import Layout, TaskSpec, names_of, normal, task_names
 from swift.files import visible_files
 from swift.hub.reference import default_hub
 
@@ -26,11 +26,15 @@ class File(NamedTuple):
 
 @dataclass(frozen=True)
 class Located:
-    """The files of the splits that are used, and what named them, for the report."""
+    """The files of the splits that are used, and what named them, for the report.
+
+    ``num_unread`` counts files of a user's folder that other patterns of the layout would match: the first that matches is taken.
+    """
 
     layout: Layout
     splits: dict[str, list[File]]
     source: str
+    num_unread: int = 0
 
 
 def locate(spec: TaskSpec, settings: Settings, splits: Sequence[str]) -> Located:
@@ -55,9 +59,8 @@ def locate(spec: TaskSpec, settings: Settings, splits: Sequence[str]) -> Located
 
 def _local(spec: TaskSpec, place: Path, splits: Sequence[str], option: str) -> Located:
     if place.is_file() and place.suffix != ".zip":
-        file = File("", place)
         layout = next((one for one in spec.source.layouts if _suffixes(one) & {place.suffix}), spec.source.layouts[0])
-        return Located(layout, {spec.split: [file]}, str(place))
+        return Located(layout, {spec.split: [File(_subject_of(spec, layout, place), place)]}, str(place))
     if not place.exists():
         siblings = [child.name for child in place.parent.iterdir()] if place.parent.is_dir() else []
         match = near(place.name, siblings)
@@ -72,9 +75,20 @@ def _suffixes(layout: Layout) -> set[str]:
     return {Path(pattern).suffix for patterns in layout.splits.values() for pattern in patterns}
 
 
+def _subject_of(spec: TaskSpec, layout: Layout, file: Path) -> str:
+    """The declared subject that the name of a single file tells; "" if it tells none."""
+    for pattern in layout.splits.get(spec.split, ()):
+        for part in (pattern, pattern.rpartition("/")[2]):
+            name = "/".join(file.parts[-part.count("/") - 1 :])
+            match = _regex(part).fullmatch(name)
+            if match is not None and (found := match.groupdict().get("category")) in spec.category_names:
+                return found
+    return ""
+
+
 def _own_folder(spec: TaskSpec, folder: Path) -> Path | None:
     """The folder or archive in ``folder`` that is named like the task."""
-    names = {spec.name, *map(normal, spec.aliases)}
+    names = names_of(spec)
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
     named = [child for child in inside if normal(child.name if child.is_dir() else child.stem) in names]
     return next((child for child in named if child.is_dir() or child.suffix == ".zip"), None)
@@ -106,7 +120,8 @@ def _find(spec: TaskSpec, place: Path, splits: Sequence[str]) -> Located | None:
         for layout in spec.source.layouts:
             if found := _matched(layout, listing):
                 _check_splits(spec, place, layout, found, splits)
-                return Located(layout, {split: found[split] for split in splits}, str(place))
+                num_unread = 0 if spec.source.hub else _num_unread(layout, listing, found)
+                return Located(layout, {split: found[split] for split in splits}, str(place), num_unread)
     return None
 
 
@@ -151,6 +166,12 @@ def _matched(layout: Layout, listing: Listing) -> dict[str, list[File]]:
                 found[split] = files
                 break
     return found
+
+
+def _num_unread(layout: Layout, listing: Listing, found: dict[str, list[File]]) -> int:
+    patterns = [_regex(pattern) for patterns in layout.splits.values() for pattern in patterns]
+    matching = {path for name, path in listing if any(pattern.fullmatch(name) for pattern in patterns)}
+    return len(matching - {file.path for files in found.values() for file in files})
 
 
 @functools.cache

@@ -7,7 +7,6 @@ from swift.evaluate.base import Task, TaskResult
 from swift.evaluate.declared import make_task
 from swift.evaluate.run import answered
 from swift.evaluate.spec import find_task
-from swift.evaluate.statistics import means
 
 
 class LiveEvaluation:
@@ -30,7 +29,3 @@ class LiveEvaluation:
             outcomes = sorted(answered(task, examples, engine), key=lambda outcome: order[outcome.id])
             results.append(TaskResult(task.about, outcomes))
         return results
-
-    def values(self, results: list[TaskResult]) -> dict[str, float]:
-        """The mean that stands for each task, by its name in ``metrics``."""
-        return {name: means(result)[result.about.metric] for name, result in zip(self.metrics, results, strict=True)}

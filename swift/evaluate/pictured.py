@@ -3,6 +3,7 @@
 import base64
 import binascii
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,24 +24,40 @@ class Pictures:
     def picture(self, given: Any, where: str) -> Any:
         """The picture (PIL, RGB): a file beside that of the row, base64, a data URL, bytes, or the id of the row that has it.
 
-        DataError names ``where`` ("file:line").
+        DataError names ``where``, the file and line of the row.
         """
         try:
-            return self._read(given, Path(where.rpartition(":")[0]).parent)
+            return self._read(given, _folder(where))
         except ValueError as problem:
             raise DataError(f"{where}: {problem}") from None
+
+    def file(self, given: Any, where: str) -> Path | None:
+        """The file that the picture lies in; None if the row holds it, or refers to another row."""
+        is_text = isinstance(given, str) and not given.startswith("data:") and not self._is_of_another(given)
+        return _file(given, _folder(where)) if is_text else None
+
+    def _is_of_another(self, given: str) -> bool:
+        return len(given) <= LONGEST_REFERENCE and given in self._rows and self._rows[given].get(self._column) != given
 
     def _read(self, given: Any, folder: Path) -> Any:
         if not isinstance(given, str):
             return of_row(given)
         if given.startswith("data:") or "://" in given[:10]:
             return of_url(given)
-        if len(given) <= LONGEST_REFERENCE and given in self._rows and self._rows[given].get(self._column) != given:
+        if self._is_of_another(given):
             return self._read(self._rows[given][self._column], folder)
-        for place in (folder / given, Path(given)) if len(given) < 1024 else ():
-            if place.is_file():
-                return of_bytes(place.read_bytes())
-        return of_bytes(_decoded(given))
+        place = _file(given, folder)
+        return of_bytes(_decoded(given) if place is None else place.read_bytes())
+
+
+def _folder(where: str) -> Path:
+    """The folder of a row that is at ``where`` ("file:line", or "file[number]" where a file has no lines of rows)."""
+    return Path(re.sub(r"(:\d+|\[\d+\])$", "", where)).parent
+
+
+def _file(given: str, folder: Path) -> Path | None:
+    places = (folder / given, Path(given)) if len(given) < 1024 else ()
+    return next((place for place in places if place.is_file()), None)
 
 
 def _decoded(text: str) -> bytes:

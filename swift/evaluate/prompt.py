@@ -83,7 +83,8 @@ def _expression(text: str) -> Callable[..., Any]:
 
 
 def scope(fields: Mapping[str, Any], category: str, names: Mapping[str, str]) -> dict[str, Any]:
-    """What the texts of a declaration see of a row."""
+    """What the texts of a declaration see of a row; its own column ``category`` where it has no subject."""
+    category = category or str(fields.get("category") or "")
     return {**fields, "row": fields, "category": category, "category_name": names.get(category, category)}
 
 
@@ -104,7 +105,7 @@ def render(template: str, fields: Mapping[str, Any], where: str = "") -> str:
 
 def value(expression: str, fields: Mapping[str, Any], where: str = "") -> Any:
     """What ``expression`` is for ``fields``. DataError as for ``render``."""
-    found = _run(lambda: _expression(expression)(**fields), expression, where)
+    found = _run(lambda: _expression(expression)(fields), expression, where)
     if isinstance(found, jinja2.Undefined):
         raise DataError(f"{where}: {expression!r} has no value")
     return found
@@ -113,7 +114,7 @@ def value(expression: str, fields: Mapping[str, Any], where: str = "") -> Any:
 def _run(work: Callable[[], Any], text: str, where: str) -> Any:
     try:
         return work()
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, SyntaxError) as problem:
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, SyntaxError, re.error) as problem:
         raise DataError(f"{where}: {_shortened(text)!r} cannot be computed: {problem}") from None
 
 

@@ -16,18 +16,19 @@ from swift.evaluate.base import Example
 from swift.evaluate.layout import File, Located, locate
 from swift.evaluate.prompt import names_in, scope, value
 from swift.evaluate.settings import Settings
-from swift.evaluate.spec import Choosing, Layout, Reading, TaskSpec, Writing
+from swift.evaluate.spec import AnyMode, Choosing, Layout, Reading, TaskSpec, Writing
 
 
 @dataclass(frozen=True)
 class Data:
-    """``examples`` that are asked, ``shots`` to take solved examples from, by category ("" for all).
+    """``examples`` that are asked, ``shots`` to take solved examples from, by category ("" for all), ``rows`` all that were read.
 
     ``where`` says file and line of each example, by id; ``counts`` what was left out, by reason.
     """
 
     examples: list[Example]
     shots: Mapping[str, list[Example]]
+    rows: list[Example]
     source: str
     digest: str
     where: Mapping[str, str]
@@ -45,7 +46,8 @@ def read(spec: TaskSpec, settings: Settings) -> Data:
         splits.append(spec.shots.split)
     located = locate(spec, settings, list(dict.fromkeys(splits)))
     reader = _Reader(spec, settings, located.layout)
-    examples = reader.examples(_chosen(spec, settings, located, spec.split), spec.split)
+    read_rows = reader.examples(_chosen(spec, settings, located, spec.split), spec.split)
+    examples = _of_subsets(settings, located, read_rows) if spec.category is not None else read_rows
     counts = dict(reader.counts)  # not of rows that solved examples are taken from
     if not examples:
         raise DataError(f"{located.source}: split {spec.split} of task {spec.name} is empty", hint=_left_out(counts))
@@ -54,8 +56,10 @@ def read(spec: TaskSpec, settings: Settings) -> Data:
         _check_shots(spec, settings, located.source, category, len(shots.get(category, shots.get("", []))))
     if missing := _num_missing(spec, settings, examples):
         counts["subjects of which there are no data"] = missing
+    if located.num_unread:
+        counts["files of another kind beside these, not read"] = located.num_unread
     kept = _first(examples, settings.limit)
-    return Data(kept, shots, located.source, _digest(examples, shots), reader.where, counts)
+    return Data(kept, shots, read_rows, located.source, _digest(read_rows, shots), reader.where, counts)
 
 
 def _shots(spec: TaskSpec, settings: Settings, located: Located, reader: "_Reader") -> dict[str, list[Example]]:
@@ -95,6 +99,8 @@ def _chosen(spec: TaskSpec, settings: Settings, located: Located, split: str) ->
     if not settings.subsets:
         return found
     there = {file.category for file in found}
+    if there == {""} and spec.category is not None:
+        return found  # rows tell their subjects
     if there == {""}:
         raise DataError(f"task {spec.name} has no subjects in its data, so subset_list has no effect", hint="leave subset_list out")
     wanted: dict[str, None] = {}
@@ -106,6 +112,17 @@ def _chosen(spec: TaskSpec, settings: Settings, located: Located, split: str) ->
             raise DataError(f"{located.source}: split {split} has no subject {name!r}", hint=hint)
         wanted |= dict.fromkeys(inside)
     return [file for name in wanted for file in found if file.category == name]
+
+
+def _of_subsets(settings: Settings, located: Located, examples: list[Example]) -> list[Example]:
+    """Those of the wanted subjects, which rows tell. DataError for a subject of which there is no row."""
+    there = {example.category for example in examples}
+    for name in settings.subsets:
+        if name not in there:
+            match = near(name, there)
+            hint = f"did you mean {match!r}?" if match else f"there are: {', '.join(sorted(there)[:8])}"
+            raise DataError(f"{located.source}: no row has the subject {name!r}", hint=hint)
+    return [example for example in examples if not settings.subsets or example.category in settings.subsets]
 
 
 def _num_missing(spec: TaskSpec, settings: Settings, examples: Iterable[Example]) -> int:
@@ -155,7 +172,7 @@ class _Reader:
                 if (empty := next((name for name in self.needed if row[name] is None), None)) is not None:
                     raise DataError(f"{where}: column {empty!r} has no value", hint="fill it, or leave the row out")
                 self.where[id] = where
-                found.append(Example(id, file.category, fields))
+                found.append(Example(id, self._category(where, fields, file.category), fields))
         return found
 
     def _fields(self, where: str, row: Any, category: str) -> dict[str, Any]:
@@ -177,6 +194,11 @@ class _Reader:
         match = near(name, row) or next((column for column in row if column.lower() == name.lower()), None)
         return DataError(f"{where}: column {name!r} is missing; found {shown}", hint=f"is it {match!r}? rename it" if match else None)
 
+    def _category(self, where: str, fields: Mapping[str, Any], category: str) -> str:
+        if category or self.spec.category is None:
+            return category
+        return str(value(self.spec.category, self.scope(fields, category), where))
+
     def _id(self, where: str, fields: Mapping[str, Any], category: str, number: int) -> str:
         own = number if self.spec.id is None else value(self.spec.id, self.scope(fields, category), where)
         return f"{category}/{own}" if category else str(own)
@@ -185,24 +207,31 @@ class _Reader:
 def needed_columns(spec: TaskSpec, settings: Settings, layout: Layout) -> list[str]:
     """The columns that rows must have, sorted: what the declaration reads and does not compute itself."""
     mode = settings.mode_of(spec)
-    templates: list[str] = []
-    expressions = [drop.when for drop in spec.drop] + [text for text in (spec.id, spec.cluster) if text]
-    if isinstance(mode, Reading):
-        templates += [mode.text, mode.context]
-        expressions += [mode.original] if mode.original else []
-    else:
-        templates += [mode.description, mode.prompt]
-    if isinstance(mode, Choosing | Writing):
-        expressions += [text for text in (mode.choices, mode.gold) if isinstance(text, str) and text]
-    if isinstance(mode, Choosing):
-        templates.append(mode.ending)
-        expressions += [mode.contexts] if mode.contexts else []
-    if isinstance(mode, Writing):
-        templates += [mode.prefix] + ([mode.target] if settings.num_fewshot else [])
+    templates, expressions = texts_of(spec, mode)
+    if isinstance(mode, Writing) and not settings.num_fewshot:
+        templates.remove(mode.target)
     needed = names_in(templates, expressions) - {"split"}
     for name, expression in reversed([*layout.fields.items(), *spec.fields.items()]):
         needed = needed - {name} | names_in(expressions=[expression])
     return sorted(needed)
+
+
+def texts_of(spec: TaskSpec, mode: AnyMode) -> tuple[list[str], list[str]]:
+    """(templates, expressions) by which rows are left out, asked and judged in ``mode``."""
+    templates: list[str] = []
+    expressions = [*(drop.when for drop in spec.drop), spec.id, spec.category, spec.cluster]
+    if isinstance(mode, Reading):
+        templates += [mode.text, mode.context]
+        expressions.append(mode.original)
+    else:
+        templates += [mode.description, mode.prompt]
+        expressions += [mode.choices if isinstance(mode.choices, str) else None, mode.gold]
+    if isinstance(mode, Choosing):
+        templates.append(mode.ending)
+        expressions.append(mode.contexts)
+    if isinstance(mode, Writing):
+        templates += [mode.prefix, mode.target]
+    return templates, [text for text in expressions if text]
 
 
 def rows(path: Path, header: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
@@ -210,6 +239,8 @@ def rows(path: Path, header: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
     suffix = files.suffix_of(path)
     if suffix in (".csv", ".tsv"):
         return _table(path, "," if suffix == ".csv" else "\t", list(header))
+    if suffix == ".parquet" and not isinstance(path, Path):  # a member of an archive
+        raise DataError(f"{path}: parquet is not read out of an archive", hint="unpack it")
     return files.read(path)
 
 

@@ -1,13 +1,14 @@
 """Tasks that are answered by log-probabilities: which choice is the likeliest, and how likely a text is."""
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from swift.engine.base import Completion
 from swift.engine.scoring import Score, Text
-from swift.errors import ConfigError, near
+from swift.errors import ConfigError, DataError, near
 from swift.evaluate.base import Asked, Example, Outcome
 from swift.evaluate.declared import Declared, choices_of
 from swift.evaluate.encode import Encoder, cut, fitted
@@ -83,26 +84,40 @@ class Choices:
         self.declared, self.mode, self.about = declared, mode, declared.about
         self.encoder, self.max_model_len = Encoder(tokenizer), max_model_len
         self.asks_alone = "acc_mutual_info" in mode.metrics
-        for example in self.examples():  # a wrong answer is told before anything is computed
+        # After a chat template's text an answer begins at once.
+        self.delimiter = mode.delimiter if declared.chat is None else ""
+        for example in self.examples():  # what is wrong in a row is told before anything is computed
             self._choices(example)
+            declared.prompt(mode, example, self._questions(example)[0])
 
     def examples(self) -> Sequence[Example]:
         return self.declared.data.examples
 
     def _choices(self, example: Example) -> tuple[list[str], list[int]]:
-        return choices_of(self.mode, self.declared.scope(example), self.declared.where(example))
+        where = self.declared.where(example)
+        choices, golds = choices_of(self.mode, self.declared.scope(example), where)
+        if self.mode.contexts is None and not all(self.delimiter + choice for choice in choices):
+            raise DataError(f"{where}: choice {choices.index('') + 1} of {len(choices)} is empty", hint="a choice needs a text")
+        return choices, golds
+
+    def _questions(self, example: Example) -> list[str]:
+        """One for all choices, or one for each."""
+        fields, where = self.declared.scope(example), self.declared.where(example)
+        if self.mode.contexts is None:
+            return [render(self.mode.prompt, fields, where)]
+        found: list[str] = value(self.mode.contexts, fields, where)
+        return found
 
     def requests(self, example: Example) -> Asked:
         """A text for each choice, then, for mutual information, one for each choice without the question."""
         mode, where = self.mode, self.declared.where(example)
-        fields = self.declared.scope(example)
         choices, _ = self._choices(example)
+        questions, endings = self._questions(example), choices
         if mode.contexts is None:
-            questions, endings = [render(mode.prompt, fields, where)] * len(choices), choices
+            questions *= len(choices)
         else:
-            questions, endings = value(mode.contexts, fields, where), [render(mode.ending, fields, where)] * len(choices)
-        # After a chat template's text an answer begins at once.
-        delimiter = mode.delimiter if self.declared.chat is None else ""
+            endings = [render(mode.ending, self.declared.scope(example), where)] * len(choices)
+        delimiter = self.delimiter
         notes: dict[str, Any] = {}
         shown: dict[str, str] = {}
 
@@ -115,7 +130,9 @@ class Choices:
             notes.update({"joined_to_question": num_joined} if num_joined else {})
             return texts
 
-        found = fitted(self.declared.prompt(mode, example, questions[0]), self.max_model_len, encode)
+        prompt = self.declared.prompt(mode, example, questions[0])
+        with _at(where):
+            found = fitted(prompt, self.max_model_len, encode)
         return Asked("\n".join(shown.values()), found.texts, notes=notes | found.notes)
 
     def score(self, example: Example, asked: Asked, answer: Sequence[Score] | Completion) -> Outcome:
@@ -144,6 +161,9 @@ class Documents:
         _check_metrics(declared, mode.metrics, list(SUMS))
         self.declared, self.mode, self.about = declared, mode, declared.about
         self.encoder, self.max_model_len = Encoder(tokenizer), max_model_len
+        for example in self.examples():  # a text that is missing is told before anything is computed
+            if not self._texts(example)[1]:
+                raise DataError(f"{declared.where(example)}: the text is empty: there is nothing to score", hint="leave the row out")
 
     def examples(self) -> Sequence[Example]:
         return self.declared.data.examples
@@ -158,8 +178,9 @@ class Documents:
         if not context:
             windows = self.encoder.document(text, self.max_model_len)
             return Asked(text, tuple(windows), notes={"windows": len(windows)} if len(windows) > 1 else {})
-        (whole,), num_joined = self.encoder.pairs([(context, text)])
-        kept = cut(whole, self.max_model_len)
+        with _at(self.declared.where(example)):
+            (whole,), num_joined = self.encoder.pairs([(context, text)])
+            kept = cut(whole, self.max_model_len)
         notes = {"truncated": len(whole.tokens) - len(kept.tokens)} if kept is not whole else {}
         notes |= {"joined_to_question": num_joined} if num_joined else {}
         return Asked(context + text, (kept,), notes=notes)
@@ -180,6 +201,15 @@ class Documents:
         if "acc" in self.mode.metrics:
             metrics["acc"] = float(all(score.is_greedy for score in answer))
         return _outcome(self.declared, example, asked, text if self.mode.context else "", None, metrics, sizes)
+
+
+@contextlib.contextmanager
+def _at(where: str) -> Iterator[None]:
+    """A DataError says file and line."""
+    try:
+        yield
+    except DataError as problem:
+        raise DataError(f"{where}: {problem.message}", hint=problem.hint) from None
 
 
 def _outcome(

@@ -91,7 +91,7 @@ class Writing(Mode, frozen=True, kw_only=True):
     """Mode generate: an answer is written, up to one of ``stop`` or ``max_new_tokens``; ``extract`` finds in it what is compared.
 
     ``target`` is the answer of a solved example, ``gold`` an expression for what is right; ``prefix`` begins the answer.
-    ``extract`` and ``arguments`` are read by the module ``generated``.
+    ``choices``: as above, or an expression for texts by their letters. ``extract`` and ``arguments`` are read by the module ``generated``.
     """
 
     target: str = ""
@@ -139,6 +139,8 @@ class TaskSpec(Part, frozen=True, kw_only=True):
     shots: Shots = Shots()
     groups: dict[str, list[str] | dict[str, str]] = {}
     id: str | None = None
+    category: str | None = None
+    """An expression for the subject of a row, where the name of its file tells none."""
     fields: dict[str, str] = {}
     drop: list[Drop] = []
     cluster: str | None = None
@@ -164,6 +166,11 @@ def normal(name: str) -> str:
     return name.strip().lower().replace("-", "_").replace(" ", "_")
 
 
+def names_of(spec: TaskSpec) -> set[str]:
+    """What the task may be called, in the form in which names are compared."""
+    return {normal(name) for name in (spec.name, *spec.aliases)}
+
+
 def task_names() -> list[str]:
     """All declared tasks."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -174,12 +181,11 @@ def find_task(name: str) -> TaskSpec:
     if name.endswith((".yaml", ".yml")):
         return load_task(Path(name).expanduser())
     wanted = normal(name)
-    path = FOLDER / f"{wanted}.yaml"
-    if path.parent == FOLDER and path.is_file():
-        return load_task(path)
+    if wanted in task_names():
+        return _built_in(wanted)
     aliases = _aliases()
     if wanted in aliases:
-        return load_task(FOLDER / f"{aliases[wanted]}.yaml")
+        return _built_in(aliases[wanted])
     match = near(wanted, [*task_names(), *aliases])
     hint = f"did you mean {match!r}?" if match else "swift eval --list_tasks true shows all; a YAML file declares one of your own"
     raise ConfigError(f"unknown task {name!r}", hint=hint)
@@ -188,7 +194,7 @@ def find_task(name: str) -> TaskSpec:
 def task_table() -> tuple[list[str], list[list[str]]]:
     """What ``--list_tasks`` shows: the heads of columns, and a row a task. The first mode is the default."""
     heads = ["name", "modes", "shots", "language", "licence", "what it is"]
-    specs = [load_task(FOLDER / f"{name}.yaml") for name in task_names()]
+    specs = [_built_in(name) for name in task_names()]
     return heads, [
         [spec.name, " ".join(spec.modes), str(spec.shots.count), spec.language, spec.licence, _what(spec.title)] for spec in specs
     ]
@@ -203,12 +209,16 @@ def _what(title: str) -> str:
 def _aliases() -> dict[str, str]:
     found: dict[str, str] = {}
     for name in task_names():
-        for alias in load_task(FOLDER / f"{name}.yaml").aliases:
+        for alias in _built_in(name).aliases:
             assert found.setdefault(normal(alias), name) == name, f"two tasks have the alias {alias}"
     return found
 
 
 @functools.cache
+def _built_in(name: str) -> TaskSpec:
+    return load_task(FOLDER / f"{name}.yaml")
+
+
 def load_task(path: Path) -> TaskSpec:
     """The declaration in a YAML file; ConfigError names the file and what is wrong in it."""
     raw = _read_yaml(path)
@@ -220,6 +230,10 @@ def load_task(path: Path) -> TaskSpec:
     spec = _convert(path, "", {**raw, "modes": {}}, TaskSpec)
     if not made and spec.python is None:
         raise ConfigError(f"{path}: no mode is declared", hint=f"declare one of {', '.join(MODE_KINDS)} under modes:")
+    if not re.fullmatch(r"\w[\w.-]*", spec.name):
+        raise ConfigError(f"{path}: name is {spec.name!r}", hint="files are named by it: use letters, digits, _, - and .")
+    if none := next((name for name, mode in made.items() if not mode.metrics), None):
+        raise ConfigError(f"{path}: modes.{none} has no metrics", hint="leave metrics out for those that the mode has by default")
     whole: TaskSpec = msgspec.structs.replace(spec, modes=made)
     _check_splits(path, whole)
     return whole

@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from swift.config.backends import BackendsConfig
 from swift.config.evaluate import EvalConfig
-from swift.config.options import of_checkpoint
+from swift.config.model import QuantConfig
+from swift.config.options import default_of, of_checkpoint, options_of
 from swift.config.saved import saved_options
 from swift.engine.base import Engine
 from swift.engine.load import make_engine, source_of
@@ -19,6 +21,7 @@ from swift.evaluate.written import remote_engine
 from swift.files import sha256_file
 from swift.model.checkpoints import adapter_folder
 
+NO_PART_OF_ANSWERS = ("remote_api_key", "remote_timeout_s")
 SAMPLES, SAMPLE = 256, 4096  # parts of a file of weights that tell it from others, and their bytes
 
 
@@ -121,9 +124,15 @@ def _digest(source: Source) -> str:
         for file in sorted(source.adapter.glob("adapter_*")):
             made.update(f"{file.name} {sha256_file(file)}\n".encode())
     config = source.config
-    asked = [config.torch_dtype, config.weight_format, config.quant_method, config.quant_bits, config.infer_backend, config.chat_template]
-    made.update(repr(asked).encode())
+    asked = [config.torch_dtype, config.weight_format, config.infer_backend, config.chat_template, config.max_model_len]
+    made.update(repr([*asked, *_changed(config)]).encode())
     return made.hexdigest()
+
+
+def _changed(config: EvalConfig) -> list[tuple[str, Any]]:
+    """Options of quantizing and of engines that are not as by default, with their values: most of them change answers."""
+    fields = [field for kind in (QuantConfig, BackendsConfig) for field in options_of(kind) if field.name not in NO_PART_OF_ANSWERS]
+    return [(field.name, found) for field in fields if (found := getattr(config, field.name)) != default_of(field)]
 
 
 def _sampled(file: Path) -> str:

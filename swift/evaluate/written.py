@@ -142,18 +142,14 @@ class UrlEngine:
 def _delta(request: Written, said: Any) -> Delta:
     """The whole answer. Only the number of its tokens is known, which stands for them."""
     choice = said["choices"][0]
-    if request.text is None:
-        message = choice["message"]
-        text = message.get("content") or ""
-        if thinking := message.get("reasoning_content") or message.get("reasoning"):
-            text = f"<think>{thinking}</think>{text}"
-    else:
-        text = choice.get("text") or ""
+    message = choice["message"] if request.text is None else {"content": choice.get("text")}
+    text, thinking = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
     reason = reason_of(choice.get("finish_reason")) or "stop"
-    cuts = [text.index(word) for word in request.sampling.stop_words if word in text]
+    if cuts := [text.index(word) for word in request.sampling.stop_words if word in text]:
+        text, reason = text[: min(cuts)], "stop"
+    if thinking:  # which goes on past stop words
+        text = f"<think>{thinking}</think>{text}"
     tokens = (-1,) * int((said.get("usage") or {}).get("completion_tokens") or 0)
-    if cuts:
-        return Delta(id=request.id, text=text[: min(cuts)], token_ids=tokens, finish_reason="stop")
     return Delta(id=request.id, text=text, token_ids=tokens, finish_reason=reason)
 
 

@@ -98,5 +98,5 @@ def test_solved_examples_are_left_out_from_the_first_on_and_then_the_beginning_i
 
 
 def test_a_continuation_longer_than_the_model_is_refused() -> None:
-    with pytest.raises(DataError, match="a choice has 3 tokens, the model reads 2"):
+    with pytest.raises(DataError, match="the text to score has 3 tokens, the model reads 2"):
         cut(Text((X, A, B, X), 1), 2)

@@ -55,7 +55,6 @@ def task(tmp_path):
         (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DEV))
         (tmp_path / "task.yaml").write_text(text)
-        load_task.cache_clear()
         spec = load_task(tmp_path / "task.yaml")
         settings = Settings(mode="generate", num_fewshot=shots, data_dir=str(tmp_path), **settings)
         return make_generated(spec, settings, tokenizer or make_tokenizer(), most, config)
@@ -102,6 +101,12 @@ def test_a_server_is_sent_messages_or_text(task):
     assert len({chat.about.digest, plain.about.digest, task().about.digest}) == 3
 
 
+def test_another_system_message_is_another_question_for_a_server_too(task):
+    digests = [task(most=None, system=system).about.digest for system in (None, "Be short.", "Be long.")]
+    assert len(set(digests)) == 3
+    assert asked(task(most=None, system="Be short.")).request.messages[0]["content"].startswith("Be short.")
+
+
 def test_what_is_found_in_an_answer_and_what_is_not(task):
     made = task()
     right, wrong, none = scored(made, " A."), scored(made, "The answer is (B)"), scored(made, "Snow is", reason="length")
@@ -131,6 +136,8 @@ def test_options_are_stronger_than_the_config_of_generation_and_that_than_the_de
     assert first.seed != second.seed and first.seed == asked(task(config=given)).request.sampling.seed
     greedy = asked(task(config=Options(eval_generation_config={"do_sample": False}))).request.sampling
     assert (greedy.temperature, greedy.seed) == (0.0, None)
+    drawn = asked(task(config=Options(eval_generation_config={"do_sample": True}))).request.sampling
+    assert (drawn.temperature, drawn.seed is None) == (None, False)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +145,7 @@ def test_options_are_stronger_than_the_config_of_generation_and_that_than_the_de
     [
         ({"max_token": 4}, "unknown setting 'max_token'", "did you mean 'max_tokens'?"),
         ({"temperature": "hot"}, "temperature is 'hot'", "give a number from 0 on"),
+        ({"do_sample": "no"}, "do_sample is 'no'", "give true or false"),
         ({"max_tokens": 0}, "max_tokens is 0", "give a whole number from 1 on"),
         ({"stop": [1]}, r"stop is \[1\]", None),
     ],
@@ -178,6 +186,20 @@ def test_a_declaration_that_nothing_can_be_made_of_is_refused(task, old, new, me
 def test_a_right_answer_that_is_no_choice_is_refused(task):
     with pytest.raises(DataError, match=r"test.jsonl:1: the right answer 'C' is none of A, B"):
         task(rows=[{**ROWS[0], "answer": "C"}])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "gold", "answer"),
+    [("B", "A", "A", "A"), ("C", "N", "B", "B"), ("snow", "ice", "ice", "B"), ("snow", "ice", "b", "B"), ("snow", "ice", 1, "B")],
+)
+def test_choices_that_are_letters_themselves_are_texts_like_others(task, first, second, gold, answer):
+    outcome = scored(task(rows=[{"question": "Which?", "A": first, "B": second, "answer": gold}]), answer)
+    assert (outcome.gold, outcome.prediction, outcome.metrics["acc"]) == (answer, answer, 1.0)
+
+
+def test_letters_that_the_declaration_writes_out_are_the_letters(task):
+    outcome = scored(task(MCQ.replace('choices: "[A, B]"', "choices: [T, F]"), rows=[{**ROWS[0], "answer": "F"}]), "The answer is F.")
+    assert (outcome.gold, outcome.prediction, outcome.metrics["acc"]) == ("F", "F", 1.0)
 
 
 NUMBERS = MCQ.replace('choices: "[A, B]"', "extract: [{regex: {pattern: '=(.*)', select: 0}}, number]\n    metrics: [number, rouge]")
@@ -221,9 +243,8 @@ def test_an_engine_answers_as_generate_does(task, tiny_model):
 
 def test_images_need_a_model_that_reads_them(task):
     text = MCQ.replace("gold: answer", "gold: answer\n    arguments: {images: '[A]'}").replace("shots: {split: dev, count: 1}", "")
-    made = task(text, shots=0, rows=[{**ROWS[0], "A": PIXEL}])
     with pytest.raises(ModelError, match="the model reads text only"):
-        asked(made)
+        task(text, shots=0, rows=[{**ROWS[0], "A": PIXEL}])
     with pytest.raises(ConfigError, match="solved examples cannot have"):
         task(MCQ.replace("gold: answer", "gold: answer\n    arguments: {images: '[A]'}"))
 
@@ -237,6 +258,12 @@ def test_several_answers_to_a_question_are_examples_of_one_cluster(task):
     first, second = (asked(made, number).request for number in (0, 1))
     assert first.prompt == second.prompt and first.sampling.seed != second.sampling.seed
     assert scored(made, "A", number=1).detail["cluster"] == "0"
+
+
+def test_a_question_of_several_answers_is_never_its_own_solved_example(task):
+    made = task(MCQ.replace("split: dev, count", "split: test, count"), arguments={"num_samples": 2}, config=Options(temperature=0.8))
+    for number in range(4):
+        assert asked(made, number).prompt.count("Is snow white?") == 1 and asked(made, number).prompt.count("Is ice hot?") == 1
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ def loaded(tmp_path_factory):
     return load_model(folder, processor=load_processor(folder))
 
 
-def task(name, path, loaded, most=512):
-    settings = Settings(mode="generate", num_fewshot=0, local_path=str(path))
+def task(name, path, loaded, most=512, **given):
+    settings = Settings(mode="generate", num_fewshot=0, local_path=str(path), **given)
     return make_generated(find_task(name), settings, loaded.processor if most else None, most)
 
 
@@ -72,6 +72,23 @@ def test_a_table_of_vlmevalkit_is_asked_with_its_images(table, loaded):
     assert made.score(first, asked, Completion("C", [1], "stop")).prediction is None  # there is no third choice
 
 
+def test_rows_tell_their_categories_and_show_images_of_rows_that_are_not_asked(tmp_path, loaded):
+    rows = [
+        {"index": 1, "image": base64_of(picture(1)), "question": "What?", "A": "a", "B": "b", "answer": "A", "category": "OCR"},
+        {"index": 2, "image": "1", "question": "Where?", "A": "a", "B": "b", "answer": "B", "category": "logic"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(example.id, example.category) for example in task("vmcq", path, loaded).examples()] == [("1", "OCR"), ("2", "logic")]
+    made = task("vmcq", path, loaded, subsets=("logic",))
+    (example,) = made.examples()
+    outcome = made.score(example, made.requests(example), Completion("B", [1], "stop"))
+    assert (outcome.id, outcome.category, outcome.metrics["acc"]) == ("2", "logic", 1.0)
+    with pytest.raises(DataError, match="no row has the subject 'logik'") as caught:
+        task("vmcq", path, loaded, subsets=("logik",))
+    assert caught.value.hint == "did you mean 'logic'?"
+
+
 def test_an_engine_that_sees_answers_about_images(table, loaded):
     made = task("vmcq", table([1, base64_of(picture(1)), "Is it?", "a", "b", "c", "A"]), loaded)
     engine = NativeEngine(loaded, NativeOptions(block_size=4))
@@ -96,6 +113,29 @@ def test_rows_of_messages_and_rows_of_columns_ask_the_same(tmp_path, loaded):
     assert third.prompt == "user: What is <image>it?"
     outcome = made.score(made.examples()[1], second, Completion("Ice.", [1], "stop"))
     assert (outcome.gold, outcome.metrics["exact_match"]) == ("snow | ice", 1.0)
+
+
+@pytest.mark.parametrize("name", ["vqa.jsonl", "vqa.json", "vqa.parquet"])
+def test_images_lie_beside_the_file_whatever_its_kind(tmp_path, loaded, name):
+    (tmp_path / "a.png").write_bytes(encoded(picture(2)))
+    row = {"question": "What is it?", "image": "a.png", "answer": "snow"}
+    if name.endswith("parquet"):
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / name)
+    else:
+        (tmp_path / name).write_text(json.dumps([row]) if name == "vqa.json" else json.dumps(row) + "\n")
+    made = task("general_vqa", tmp_path / name, loaded)
+    assert made.requests(made.examples()[0]).request.media is not None
+
+
+def test_another_image_in_the_same_file_is_another_question(table, tmp_path, loaded):
+    path = table([1, "a.png", "Is it?", "a", "b", "c", "A"])
+    digests = []
+    for number in (1, 2, 1):
+        (tmp_path / "a.png").write_bytes(encoded(picture(number)))
+        digests.append(task("vmcq", path, loaded).about.digest)
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_a_server_is_sent_the_images(table, loaded):
@@ -125,9 +165,8 @@ def test_an_image_that_cannot_be_read_names_its_row(table, loaded, image, messag
 def test_messages_that_are_none_name_their_row(tmp_path, loaded):
     path = tmp_path / "vqa.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "video"}]}], "answer": ""}) + "\n")
-    made = task("general_vqa", path, loaded)
     with pytest.raises(DataError, match=r"vqa.jsonl:1: a part of a message is a text, an image or an image_url, not 'video'"):
-        made.requests(made.examples()[0])
+        task("general_vqa", path, loaded)
 
 
 def test_images_stand_where_their_marks_are_or_first():

@@ -3,7 +3,7 @@
 import pytest
 
 from swift.errors import DataError
-from swift.evaluate.prompt import Chat, Prompt, Shot, names_in, render, value
+from swift.evaluate.prompt import Chat, Prompt, Shot, names_in, render, scope, value
 from tests.tiny import CHATML, make_tokenizer
 
 PROMPT = Prompt("Q2?", description="About law.\n\n", shots=(Shot("Q1?", "A"),), delimiter=" ", separator="\n\n")
@@ -52,6 +52,17 @@ def test_an_error_in_a_text_names_the_row_and_the_text() -> None:
         value("answer | letter", {"answer": "E5"}, "mine.csv:7")
     with pytest.raises(DataError, match=r"mine.csv:7: '\{\{ b \}\}' cannot be computed: 'b' is undefined"):
         render("{{ b }}", {"a": 1}, "mine.csv:7")
+
+
+def test_a_column_may_have_any_name_and_a_pattern_be_wrong() -> None:
+    assert value("a", {"a": 1, "self": 2}) == 1
+    with pytest.raises(DataError, match=r"here:1: .* cannot be computed: missing \)"):
+        value("a | regex_replace('(', '')", {"a": "x"}, "here:1")
+
+
+def test_a_column_called_category_is_seen_where_files_tell_none() -> None:
+    assert value("category", scope({"category": "law"}, "", {})) == "law"
+    assert value("category_name", scope({"category": "law"}, "tax", {"tax": "Taxes"})) == "Taxes"
 
 
 def test_columns_that_texts_read_are_found() -> None:

@@ -74,6 +74,13 @@ def test_an_archive_as_it_was_downloaded_is_read(tmp_path: Path) -> None:
     assert inside.where["law/0"].endswith("ceval-exam.zip/ceval-exam/val/law_val.csv:2")
 
 
+def test_parquet_in_an_archive_is_refused_in_one_line(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "mmlu.zip", "w") as archive:
+        archive.writestr("astronomy/test-0.parquet", b"PAR1")
+    said = refusal("mmlu", tmp_path)
+    assert said.message.endswith("test-0.parquet: parquet is not read out of an archive") and said.hint == "unpack it"
+
+
 def test_parquet_files_of_a_hub_hold_the_same_questions(tmp_path: Path) -> None:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
@@ -120,6 +127,25 @@ def test_subsets_are_subjects_or_groups(tmp_path: Path, wanted: list[str], ids: 
 def test_a_subject_without_a_file_is_refused(tmp_path: Path) -> None:
     said = refusal("mmlu", make_mmlu(tmp_path), eval_dataset_args={"mmlu": {"subset_list": ["virology"]}})
     assert said.message == f"{tmp_path}: split test has no subject 'virology'"
+
+
+def test_files_of_another_kind_beside_those_that_are_read_are_counted(tmp_path: Path) -> None:
+    row = '{"question": "Hot?", "A": "Ice", "B": "Fire", "answer": "B"}\n'
+    write(tmp_path / "one_val.csv", "question,A,B,answer\nHot?,Ice,Fire,B\n")
+    assert data_of("general_mcq", tmp_path).counts == {}
+    write(tmp_path / "two_val.jsonl", row)
+    data = data_of("general_mcq", tmp_path)
+    assert [example.id for example in data.examples] == ["one/0"]
+    assert data.counts == {"files of another kind beside these, not read": 1}
+
+
+def test_a_single_file_of_a_subject_is_asked_as_that_subject(tmp_path: Path) -> None:
+    make_mmlu(tmp_path)
+    path = tmp_path / "test" / "astronomy_test.csv"
+    other = write(tmp_path / "mine.csv", path.read_text(encoding="utf-8"))
+    for file, category in ((path, "astronomy"), (other, "")):
+        data = data_of("mmlu", eval_dataset_args={"mmlu": {"local_path": str(file)}})
+        assert {example.category for example in data.examples} == {category}
 
 
 def test_a_file_of_the_user_is_a_task(tmp_path: Path) -> None:
@@ -234,6 +260,8 @@ def test_without_data_and_network_the_folder_option_is_named() -> None:
         ({"mmlu": {"few_shot_num": -1}}, "few_shot_num of mmlu is -1"),
         ({"mmlu": {"subset_list": 3}}, "subset_list of mmlu is 3"),
         ({"mmlu": 3}, "mmlu is 3, not an object"),
+        ({"mmul": {"few_shot_num": 3}}, "'mmul' is no task that is asked"),
+        ({"mmlu": {"num_samples": 3}}, "num_samples of mmlu has no effect in mode letter"),
         ({"mmlu": {"local_path": 3}}, "local_path of mmlu is 3, not a text"),
     ],
 )
@@ -242,6 +270,25 @@ def test_wrong_settings_of_a_task_are_refused(given: dict[str, Any], message: st
     with pytest.raises(ConfigError) as caught:
         settings_of(spec, eval_config(eval_dataset_args=given))
     assert message in caught.value.message
+
+
+def test_settings_are_found_by_any_spelling_of_the_name(tmp_path: Path) -> None:
+    text = (
+        "name: my-task\ntitle: Mine\nlicence: MIT\nsplit: test\nsource: {layouts: [{splits: {test: [test.jsonl]}}]}\n"
+        'shots: {rows: [{q: x, a: A}]}\nmodes:\n  letter: {prompt: "{{ q }}", choices: [A, B], gold: a}\n'
+    )
+    path = write(tmp_path / "mine.yaml", text)
+    for name in ("my-task", "my_task"):
+        config = eval_config(eval_dataset=[str(path)], eval_dataset_args={name: {"few_shot_num": 1}})
+        assert settings_of(find_task(str(path)), config).num_fewshot == 1
+    write(tmp_path / "data" / "my-task" / "test.jsonl", '{"q": "x", "a": "A"}\n')
+    write(tmp_path / "data" / "other" / "x.jsonl", "{}\n")
+    assert len(data_of(str(path), tmp_path / "data").examples) == 1
+
+
+def test_a_task_that_is_named_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--eval_dataset: task ceval is named twice"):
+        settings_of(find_task("ceval"), eval_config(eval_dataset=["ceval", "mmlu", "c-eval"]))
 
 
 def test_a_mode_that_the_task_does_not_have_is_refused() -> None:

@@ -18,6 +18,7 @@ from swift.errors import ConfigError, DataError, HubError
 from swift.evaluate.base import About, Outcome
 from swift.evaluate.results import TaskFile
 from swift.evaluate.run import run_eval
+from swift.evaluate.subject import subjects
 from swift.model.load import load_model
 from tests.evaluate.rows import make_mmlu, write
 from tests.tiny import make_model
@@ -111,6 +112,34 @@ def test_other_questions_or_another_model_have_files_of_their_own(tmp_path: Path
     evaluate(model, data=data, out=out)
     assert len(lines_of(out)) == 3
     assert len(list((out / "items").iterdir())) == 2
+
+
+def test_answers_to_prompts_that_were_cut_are_not_those_of_whole_ones(tmp_path: Path, model: Path, data: Path) -> None:
+    cut = evaluate(model, data=data, out=tmp_path / "out", eval_num_fewshot=1, max_model_len=40).models[0].tasks[0]
+    whole = evaluate(model, data=data, out=tmp_path / "out", eval_num_fewshot=1).models[0].tasks[0]
+    assert [outcome.detail.get("notes", {}) for outcome in whole.outcomes] == [{}, {}, {}]
+    assert all(outcome.detail["notes"]["shots_left_out"] == 1 for outcome in cut.outcomes)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_another"),
+    [
+        ({"quant_method": "bnb", "quant_bits": 4, "bnb_4bit_quant_type": "fp4"}, True),
+        ({"infer_backend": "openvino", "openvino_weight_format": "int8"}, True),
+        ({"infer_backend": "remote", "remote_url": "http://127.0.0.1:2"}, True),
+        ({"infer_backend": "remote", "remote_url": "http://127.0.0.1:1", "remote_timeout_s": 5}, False),
+        ({"max_batch_size": 2}, False),
+    ],
+)
+def test_options_that_change_answers_make_another_model(model: Path, options: dict[str, Any], is_another: bool) -> None:
+    def digest(**given: Any) -> str:
+        said = {"models": [str(model)], "eval_dataset": ["mmlu"], **given}
+        return str(subjects(build(EvalConfig, ("argument", said)))[0].facts["digest"])
+
+    plain = {name: value for name, value in options.items() if name in ("quant_method", "quant_bits", "infer_backend")}
+    if "remote_url" in options:
+        plain["remote_url"] = "http://127.0.0.1:1"
+    assert (digest(**plain) != digest(**options)) is is_another
 
 
 def test_a_smaller_limit_takes_what_was_answered(tmp_path: Path, model: Path, data: Path) -> None:

@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 
+from swift.config.evaluate import EvalConfig
+from swift.config.options import build
 from swift.engine.scoring import Score
 from swift.errors import ConfigError, DataError
 from swift.evaluate.base import Asked, Example, Task
 from swift.evaluate.declared import make_task
+from swift.evaluate.report.details import notes
 from swift.evaluate.scored import METRICS, Scored
 from swift.evaluate.spec import find_task
 from tests.evaluate.rows import eval_config, make_ceval, make_mmlu, make_ocnli, write
+from tests.evaluate.test_encode import make_tokenizer as nine_tokens
 from tests.tiny import make_tokenizer
 
 
@@ -163,6 +167,48 @@ def test_an_answer_that_is_none_of_the_choices_is_named(tmp_path: Path, mode: st
     assert caught.value.message.startswith(f"{path}:1: answer") and "none of" in caught.value.message
 
 
+def test_a_choice_without_text_is_named_before_anything_is_asked(tmp_path: Path) -> None:
+    path = write(make_ceval(tmp_path) / "val" / "law_val.csv", "id,question,A,B,C,D,answer\n0,谁审判？,云,,鱼,树,A\n")
+    with pytest.raises(DataError, match=f"{path}:2: choice 2 of 4 is empty"):
+        task_of("ceval", tmp_path, eval_num_fewshot=0, eval_mode="choice")
+
+
+@pytest.mark.parametrize("mode", ["letter", "choice", "generate"])
+def test_a_question_that_cannot_be_written_is_named_before_anything_is_asked(tmp_path: Path, mode: str) -> None:
+    path = write(
+        tmp_path / "mine.jsonl", '{"question": "2?", "A": 1, "B": 2, "answer": "B"}\n{"question": 2, "A": 1, "B": 2, "answer": "B"}\n'
+    )
+    with pytest.raises(DataError, match=f"{path}:2: .* cannot be computed: 'int object' has no attribute 'strip'"):
+        task_of("general_mcq", tmp_path, eval_mode=mode)
+
+
+def test_a_text_that_is_empty_is_named_before_anything_is_asked(tmp_path: Path) -> None:
+    path = write(tmp_path / "texts.jsonl", '{"text": "Snow."}\n{"text": ""}\n')
+    with pytest.raises(DataError, match=f"{path}:2: the text is empty"):
+        task_of("general_text", tmp_path)
+
+
+def test_a_choice_that_is_longer_than_the_model_is_named(tmp_path: Path) -> None:
+    task = task_of("mmlu", make_mmlu(tmp_path), eval_num_fewshot=0, eval_mode="choice", max_model_len=1)
+    with pytest.raises(DataError, match=r"astronomy_test.csv:1: the text to score has \d+ tokens, the model reads 1"):
+        task.requests(task.examples()[0])
+
+
+def test_choices_that_the_tokenizer_joins_to_the_question_are_counted(tmp_path: Path) -> None:
+    write(
+        tmp_path / "mine.yaml",
+        'name: mine\ntitle: Mine\nlicence: MIT\nsplit: test\nsource: {layouts: [{splits: {test: ["*.jsonl"]}}]}\n'
+        'modes:\n  choice: {prompt: "{{ q }}", choices: c, gold: "0", delimiter: ""}\n',
+    )
+    write(tmp_path / "rows.jsonl", '{"q": "xa", "c": ["bb", "xb"]}\n{"q": "xx", "c": ["bb", "xb"]}\n')
+    task = make_task(find_task(str(tmp_path / "mine.yaml")), eval_config(eval_data_dir=str(tmp_path)), nine_tokens(), 64)
+    joined, apart = (task.requests(example) for example in task.examples())
+    # "xabb" is x ab b: of "bb" one b is scored, as lm-eval has it.
+    assert [len(text.tokens) - text.start for text in (*joined.texts, *apart.texts)] == [1, 2, 2, 2]
+    outcomes = [task.score(example, asked, scores(-1.0, -2.0)) for example, asked in zip(task.examples(), (joined, apart), strict=True)]
+    assert notes(outcomes) == {"joined_to_question": 1}
+
+
 def test_fewer_solved_examples_than_wanted_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 solved examples of law, not 3") as caught:
         task_of("ceval", make_ceval(tmp_path), eval_num_fewshot=3)
@@ -179,6 +225,43 @@ def test_equal_settings_have_equal_digests_and_others_have_not(tmp_path: Path) -
         task_of("mmlu", tmp_path, eval_num_fewshot=1, use_chat_template=True),
     ]
     assert len({first, *(task.about.digest for task in others)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"system": "Be short."}, "--system has no effect without the chat template"),
+        ({"max_new_tokens": 5}, "--max_new_tokens has no effect where no answers are written"),
+        ({"eval_generation_config": {"temperature": 1}}, "--eval_generation_config has no effect where no answers are written"),
+    ],
+)
+def test_options_that_no_task_reads_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    def make(*names: str) -> Task:
+        given = {"models": ["m"], "eval_dataset": list(names), "eval_data_dir": str(make_mmlu(tmp_path)), "eval_num_fewshot": 0, **options}
+        return make_task(find_task("mmlu"), build(EvalConfig, ("argument", given)), make_tokenizer(), 2048)
+
+    with pytest.raises(ConfigError, match=message):
+        make("mmlu")
+    assert make("mmlu", "gsm8k").about.mode == "letter"  # of which the second writes answers, with the template
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "choice: {prompt: x, choices: [A, B], gold: '0', contexts: '[a'}",
+        "choice: {prompt: x, choices: [A, B], gold: '0', ending: '{{ a'}",
+        "generate: {prompt: x, gold: a, prefix: '{{ a'}",
+        "generate: {prompt: x, gold: a, target: '{{ a'}",
+        "perplexity: {text: x, original: '[a'}",
+    ],
+)
+def test_every_text_of_a_declaration_is_checked_before_data_are_read(tmp_path: Path, mode: str) -> None:
+    path = write(
+        tmp_path / "mine.yaml",
+        f'name: mine\ntitle: Mine\nlicence: MIT\nsplit: test\nsource: {{layouts: [{{splits: {{test: ["*.jsonl"]}}}}]}}\nmodes:\n  {mode}\n',
+    )
+    with pytest.raises(DataError, match="is no Jinja"):
+        make_task(find_task(str(path)), eval_config(eval_data_dir=str(tmp_path)), make_tokenizer(), 64)
 
 
 def test_an_unknown_metric_is_refused_with_a_near_one(tmp_path: Path) -> None:

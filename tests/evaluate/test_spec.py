@@ -63,6 +63,13 @@ def test_a_task_of_the_user_is_a_yaml_file(tmp_path: Path) -> None:
     assert list(spec.modes) == ["letter"]
 
 
+def test_a_file_of_the_user_that_was_changed_is_read_anew(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.yaml", MINIMAL)
+    assert find_task(str(path)).title == "Mine"
+    write(path, MINIMAL.replace("Mine", "Ours"))
+    assert find_task(str(path)).title == "Ours"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message", "hint"),
     [
@@ -74,6 +81,8 @@ def test_a_task_of_the_user_is_a_yaml_file(tmp_path: Path) -> None:
         ("licence: MIT\n", "", "missing required field `licence`", None),
         ("gold: a", "gold: [1]", "Expected `str`", None),
         ("modes:", "modes: [", "is not YAML", None),
+        ("name: mine", "name: ../mine", "name is '../mine'", None),
+        ("gold: a", "gold: a, metrics: []", "modes.letter has no metrics", None),
     ],
 )
 def test_a_wrong_declaration_is_refused_in_one_line(tmp_path: Path, old: str, new: str, message: str, hint: str | None) -> None:

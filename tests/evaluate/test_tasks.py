@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from swift.engine.base import Completion
 from swift.engine.scoring import Score
 from swift.evaluate.declared import choices_of, declare, make_task
 from swift.evaluate.prompt import render, value
@@ -159,6 +160,30 @@ def test_a_row_becomes_the_prompt_and_the_right_answer(
     fields = declared.scope(declared.data.examples[0])
     assert render(mode.prompt, fields) == prompt
     assert (value(mode.gold, fields) if mode.gold else None) == gold
+
+
+@pytest.mark.parametrize("mode", ["letter", "choice", "generate"])
+def test_choices_keep_their_letters_where_one_of_them_is_empty(tmp_path: Path, mode: str) -> None:
+    put(tmp_path, {"mine.jsonl": [{"question": "Hot?", "A": "Ice", "B": "", "C": "Fire", "D": "Fog", "answer": "D"}]})
+    task = make_task(find_task("general_mcq"), eval_config(eval_data_dir=str(tmp_path), eval_mode=mode), make_tokenizer(), 4096)
+    (example,) = task.examples()
+    asked = task.requests(example)
+    answer: Any = Completion("D", [1], "stop")
+    if mode != "generate":
+        answer = [Score((-2.0,), False), Score((-3.0,), False), Score((-1.0,), False)] * (len(asked.texts) // 3)
+    outcome = task.score(example, asked, answer)
+    assert (outcome.gold, outcome.metrics["acc"]) == ("Fog" if mode == "choice" else "D", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [("So the answer is (B).", "(B)"), ("So the answer is (B).\n\nLet me know if you have questions.", "(B)"), ("Perhaps (B).", None)],
+)
+def test_the_answer_to_bbh_is_found_wherever_its_line_stands(tmp_path: Path, answer: str, found: str | None) -> None:
+    put(tmp_path, {"navigate.json": [{"examples": [{"input": "Which?", "target": "(B)"}]}]})
+    task = make_task(find_task("bbh"), eval_config(eval_data_dir=str(tmp_path)), make_tokenizer(), 4096)
+    (example,) = task.examples()
+    assert task.score(example, task.requests(example), Completion(answer, [1], "stop")).prediction == found
 
 
 def test_the_marks_of_wikitext_are_removed_and_words_counted_before(tmp_path: Path) -> None:

@@ -119,6 +119,13 @@ def test_thinking_that_a_server_keeps_apart_is_kept():
     assert (found.text, found.finish_reason) == ("<think>A?</think>B", "length")
 
 
+def test_stop_words_end_the_answer_and_not_the_thinking_before_it():
+    body = {"choices": [{"message": {"content": "B\nQuestion: C", "reasoning": "Question: A?"}, "finish_reason": "stop"}]}
+    with served([(200, body)]) as (url, _):
+        (found,) = run(engine(url), chat(0, stop_words=("Question:",)))
+    assert found.text == "<think>Question: A?</think>B\n"
+
+
 def test_an_overloaded_server_is_asked_again():
     with served([(503, {"error": {"message": "busy"}}), (429, {}), reply("A")]) as (url, asked):
         (found,) = run(engine(url), chat(0))
@@ -157,6 +164,17 @@ def test_nobody_there_is_one_line():
     with pytest.raises(MachineError, match="does not answer") as caught:
         run(engine("http://127.0.0.1:9/v1", pauses_s=()), chat(0))
     assert caught.value.hint == "see --eval_url"
+
+
+@pytest.mark.parametrize("option", [{"quant_method": "bnb", "quant_bits": 4}, {"infer_backend": "transformers"}])
+def test_options_of_engines_are_refused_where_a_server_computes(option):
+    with pytest.raises(ConfigError, match=f"--{next(iter(option))} has no effect with --eval_url"):
+        config("http://127.0.0.1:9/v1", **option)
+
+
+def test_a_number_of_requests_is_refused_where_the_model_is_here():
+    with pytest.raises(ConfigError, match="--eval_num_proc has no effect without --eval_url"):
+        build(EvalConfig, ("argument", {"models": ["m"], "eval_dataset": ["x"], "eval_num_proc": 3}))
 
 
 def test_the_model_is_one_that_the_server_has():

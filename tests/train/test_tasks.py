@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swift.config.evaluate import EvalConfig
 from swift.config.options import of_checkpoint
-from swift.errors import ConfigError, DataError
+from swift.errors import ConfigError, DataError, ModelError
 from tests.train.conftest import losses, metrics
 
 QUESTIONS = [
@@ -234,6 +234,11 @@ def test_missing_data_are_refused_before_the_model_loads(refused, tasks, tmp_pat
 def test_a_missing_column_is_refused_before_the_model_loads(refused, tasks, tmp_path):
     (tmp_path / "winter.jsonl").write_text('{"question": "q", "answer": 0}\n', encoding="utf-8")
     refused(DataError, "column 'choices' is missing", **tasks)
+
+
+def test_images_for_a_model_that_reads_text_are_refused_before_the_model_loads(refused, tmp_path):
+    mode = {"prompt": "{{ question }}", "gold": "choices[answer]", "extract": "text", "arguments": {"images": "['a.png']"}}
+    refused(ModelError, "the model reads text only", **declare(tmp_path, modes={"generate": mode}))
 
 
 def test_an_unknown_metric_is_refused_before_the_model_loads(refused, tasks):
