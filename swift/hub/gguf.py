@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from swift import console
 from swift.deps import require
 from swift.errors import DependencyError, ModelError, first_line
@@ -37,7 +39,7 @@ def convert(source: Path, target: Path) -> dict[str, Any]:
     reader = _open(source)
     names = sorted({tensor.tensor_type.name for tensor in reader.tensors} - {"F32"}) or ["F32"]
     console.say(f"converting {source.name} ({', '.join(names)}) to safetensors", tensors=len(reader.tensors))
-    tokenizer = read_tokenizer(source)
+    tokenizer = _tokenizer(source, reader)
     model = _empty(source, reader)
     if length := getattr(model.config, "max_position_embeddings", None):
         tokenizer.model_max_length = length
@@ -66,9 +68,13 @@ def read_model(source: Path) -> Any:
 
 def read_tokenizer(source: Path) -> Any:
     """The tokenizer that transformers makes of the GGUF file ``source``. Raises as ``convert``."""
+    return _tokenizer(source, _open(source))
+
+
+def _tokenizer(source: Path, reader: Any) -> Any:
     from transformers import AutoTokenizer
 
-    with _explained(source):
+    with _explained(source), _parsed(reader):
         return AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
 
 
@@ -100,9 +106,15 @@ def _open(source: Path) -> Any:
         raise machine_error(problem, source) from problem
     if magic != b"GGUF":
         raise ModelError(f"{source} is no GGUF file: it begins with {magic!r}", hint="fetch the file again")
-    reader_class = require("gguf", extra="gguf").GGUFReader
+    base = require("gguf", extra="gguf").GGUFReader
+
+    class Reader(base):  # type: ignore[misc, valid-type]
+        def __setattr__(self, name: str, value: Any) -> None:
+            # A slice of a memmap costs three times one of an array over the same memory, and each token of a vocabulary is two.
+            super().__setattr__(name, value.view(np.ndarray) if name == "data" else value)
+
     try:
-        return reader_class(source)
+        return Reader(source)
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, AssertionError) as problem:
         raise ModelError(f"{source} is not a whole GGUF file: {problem}", hint="fetch the file again") from problem
 
@@ -114,7 +126,7 @@ def _empty(source: Path, reader: Any) -> Any:
 
     arch = _field(reader, "general.architecture")
     _check_architecture(source, arch)
-    with _explained(source):
+    with _explained(source), _parsed(reader):
         config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
         gguf_settings.complete(config, arch, reader)
         config.pad_token_id = _field(reader, "tokenizer.ggml.padding_token_id")
@@ -126,6 +138,19 @@ def _empty(source: Path, reader: Any) -> Any:
     model.config.name_or_path = ""
     _set_ends(model, reader)
     return model
+
+
+@contextlib.contextmanager
+def _parsed(reader: Any) -> Iterator[None]:
+    """Within, transformers sees what ``reader`` has parsed, where it would parse the file again: seconds for a large vocabulary."""
+    import gguf
+
+    names = vars(gguf)
+    original, names["GGUFReader"] = names["GGUFReader"], lambda *_, **__: reader
+    try:
+        yield
+    finally:
+        names["GGUFReader"] = original
 
 
 @contextlib.contextmanager
@@ -163,7 +188,6 @@ def _set_ends(model: Any, reader: Any) -> None:
 
 def _dequantize(reader: Any, model: Any) -> dict[str, Any]:
     """{name in transformers: float32 tensor}; a tensor of the file without a place keeps its name in the file."""
-    import numpy as np
     import torch
     from gguf import dequantize
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
