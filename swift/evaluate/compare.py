@@ -1,6 +1,7 @@
 """Two models on the same examples: the difference, its interval, and whether chance alone explains it."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,12 @@ from swift.evaluate.statistics import (
     variance_of_sum,
 )
 
-LOWER_IS_BETTER = frozenset([*RATIOS, "wer", "cer", "edit_distance"])
+LOWER_IS_BETTER = frozenset([*RATIOS, "wer", "cer", "ter", "edit_distance", "brier_score", "likelihood_diff"])
+
+
+def is_lower_better(metric: str) -> bool:
+    """Whether small values are the better ones. Other packages say behind a comma or a colon how values were put together."""
+    return re.split("[,:]", metric)[0] in LOWER_IS_BETTER
 
 
 @dataclass(frozen=True)

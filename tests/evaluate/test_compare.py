@@ -9,7 +9,7 @@ import scipy.stats
 
 from swift.errors import DataError
 from swift.evaluate.base import About, ModelResult, Outcome, TaskResult
-from swift.evaluate.compare import compare, compare_all, difference_interval, holm, mcnemar
+from swift.evaluate.compare import compare, compare_all, difference_interval, holm, is_lower_better, mcnemar
 
 ABOUT = About("mmlu", "MMLU", "letter", "acc", 5, False, "MIT", "hf::cais/mmlu", "d" * 64)
 NAMES = ("base", "tuned")
@@ -194,3 +194,9 @@ def test_models_are_compared_with_the_first_and_with_baselines():
 def test_a_task_that_one_side_has_not_is_told():
     _, refused = compare_all([ModelResult("a", [result([1])]), ModelResult("b", [])])
     assert [item.reason for item in refused] == ["there is no result of b"]
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "word_perplexity,none", "wer:mean", "likelihood_diff,none"])
+def test_less_of_it_is_better(metric):
+    assert is_lower_better(metric)
+    assert not is_lower_better("acc,none")

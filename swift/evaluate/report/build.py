@@ -10,7 +10,7 @@ from typing import Any
 import swift
 from swift.config.options import Config, to_dict
 from swift.evaluate.base import ModelResult, Outcome, TaskResult
-from swift.evaluate.compare import LOWER_IS_BETTER, Comparison, compare_all
+from swift.evaluate.compare import Comparison, compare_all, is_lower_better
 from swift.evaluate.contamination import Contamination
 from swift.evaluate.report import details
 from swift.evaluate.report.caveats import warnings
@@ -84,7 +84,7 @@ def _part(key: tuple[str, str], models: Sequence[ModelResult], own: int, contami
     about = found[0][2].about
     shares = _shares([outcome for _, _, task in found for outcome in task.outcomes])
     results = [_result(model, task, is_own, about.metric in shares, contamination) for model, is_own, task in found]
-    return TaskPart(*key, about.title, about.metric, shares, about.metric in LOWER_IS_BETTER, results)
+    return TaskPart(*key, about.title, about.metric, shares, is_lower_better(about.metric), results)
 
 
 def _shares(outcomes: Sequence[Outcome]) -> list[str]:
