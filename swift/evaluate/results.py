@@ -1,5 +1,6 @@
 """The file of a task: every example as it was answered, one JSON line after the other, so that a stopped run goes on."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from swift.errors import DataError
+from swift.errors import DataError, MachineError
 from swift.evaluate.base import About, Outcome, TaskResult
 from swift.files import explain_os_errors
 
@@ -44,14 +45,22 @@ class TaskFile:
 
     @contextmanager
     def appending(self) -> Iterator["TaskFile"]:
-        """Within, outcomes can be added. A last line that is not whole is cut off first."""
+        """Within, outcomes can be added, by this process alone. A last line that is not whole is cut off first.
+
+        MachineError if another process is at it.
+        """
         with explain_os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():
-                raw = self.path.read_bytes()
-                os.truncate(self.path, raw.rfind(b"\n") + 1)
             with self.path.open("a", encoding="utf-8") as self._file:
-                if not self._file.tell():
+                try:
+                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise MachineError(
+                        f"another evaluation answers the same questions, in {self.path}", hint="name another --eval_output_dir"
+                    ) from None
+                raw = self.path.read_bytes()
+                os.truncate(self.path, whole := raw.rfind(b"\n") + 1)
+                if not whole:
                     self._line(self.head)
                 yield self
 
@@ -74,7 +83,7 @@ def read(path: Path, raw: bytes | None = None) -> tuple[dict[str, Any], list[Out
     try:
         head, *lines = [json.loads(line) for line in raw.decode("utf-8").split("\n") if line]
         assert isinstance(head["about"], dict) and isinstance(head["model"], dict)
-        return head, [Outcome(**line) for line in lines]
+        return head, list({line["id"]: Outcome(**line) for line in lines}.values())  # an example that was asked twice counts once
     except (ValueError, TypeError, KeyError, AssertionError):
         raise DataError(f"{path} is no file of answers", hint="remove it, or name another --eval_output_dir") from None
 

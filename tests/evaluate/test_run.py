@@ -14,9 +14,9 @@ import torch
 from swift import cli
 from swift.config.commands import EvalConfig
 from swift.config.options import build
-from swift.errors import ConfigError, DataError, HubError
+from swift.errors import ConfigError, DataError, HubError, MachineError
 from swift.evaluate.base import About, Outcome
-from swift.evaluate.results import TaskFile
+from swift.evaluate.results import TaskFile, read
 from swift.evaluate.run import run_eval
 from swift.evaluate.subject import subjects
 from swift.model.load import load_model
@@ -94,7 +94,13 @@ def test_texts_with_any_character_are_read_back(tmp_path: Path) -> None:
     with file.appending():
         file.add(Outcome("1", "", text, "", None, {"acc": 1.0}, {"answer": text}))
         file.add(Outcome("2", "", "plain", "", None, {"acc": 0.0}))
+        other = TaskFile(tmp_path / "t.jsonl", about, {"digest": "m"})
+        with pytest.raises(MachineError, match="another evaluation answers the same questions"), other.appending():
+            pass
     assert TaskFile(tmp_path / "t.jsonl", about, {"digest": "m"}).done == file.done
+    with other.appending():
+        other.add(Outcome("2", "", "plain", "", None, {"acc": 0.0}))
+    assert len(read(tmp_path / "t.jsonl")[1]) == 2
     with pytest.raises(DataError, match="answers to other questions"):
         TaskFile(tmp_path / "t.jsonl", about, {"digest": "another"})
     (tmp_path / "t.jsonl").write_text("no json\n")
