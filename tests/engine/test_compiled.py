@@ -194,15 +194,25 @@ def test_the_head_has_8_bits_beside_4():
     assert model.model.layers[0].self_attn.q_proj.format == "int4"
 
 
+@pytest.fixture
+def sources(monkeypatch, tmp_path):
+    """A source with the names of the kernels alone, which is built in no time."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    functions = "\n".join(f"void {name}() {{}}" for name in compiled.SIGNATURES)
+    (folder / "kernels.cpp").write_text(f'extern "C" {{\n{functions}\n}}\n')
+    monkeypatch.setattr(compiled, "SOURCES", folder)
+    return folder
+
+
 def rebuilt(monkeypatch, tmp_path, **environment):
     monkeypatch.setenv("SWIFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(compiled, "FLAGS", [flag for flag in compiled.FLAGS if not flag.startswith("-O")])  # built in less time
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
     return kernels.__wrapped__()
 
 
-def test_kernels_are_built_once(monkeypatch, tmp_path):
+def test_kernels_are_built_once(monkeypatch, tmp_path, sources):
     rebuilt(monkeypatch, tmp_path)
     built = list((tmp_path / "kernels").iterdir())
     assert len(built) == 1
@@ -211,13 +221,9 @@ def test_kernels_are_built_once(monkeypatch, tmp_path):
     assert built[0].stat().st_mtime_ns == before
 
 
-def test_other_sources_are_another_build(monkeypatch, tmp_path):
+def test_other_sources_are_another_build(monkeypatch, tmp_path, sources):
     rebuilt(monkeypatch, tmp_path / "cache")
-    sources = tmp_path / "kernels"
-    sources.mkdir()
-    for path in compiled.SOURCES.iterdir():
-        (sources / path.name).write_bytes(path.read_bytes() + b"\n")
-    monkeypatch.setattr(compiled, "SOURCES", sources)
+    (sources / "kernels.h").write_text("\n")
     rebuilt(monkeypatch, tmp_path / "cache")
     assert len(list((tmp_path / "cache" / "kernels").iterdir())) == 2
 
@@ -237,7 +243,7 @@ def test_a_cache_that_cannot_be_written_is_said(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no library", None])
-def test_a_library_that_cannot_be_loaded_is_said(monkeypatch, tmp_path, content):
+def test_a_library_that_cannot_be_loaded_is_said(monkeypatch, tmp_path, sources, content):
     """An empty file, some text, and a library without the kernels."""
     rebuilt(monkeypatch, tmp_path / "whole")
     (built,) = (tmp_path / "whole" / "kernels").iterdir()
@@ -253,7 +259,7 @@ def test_a_library_that_cannot_be_loaded_is_said(monkeypatch, tmp_path, content)
 def test_without_kernels_torchs_own_are_used_unless_others_were_asked_for(monkeypatch, tmp_path, tiny_model, capsys):
     (tmp_path / "kernels").touch()
     monkeypatch.setenv("SWIFT_CACHE", str(tmp_path))
-    monkeypatch.setattr("swift.engine.native.engine.kernels", kernels.__wrapped__)
+    monkeypatch.setattr("swift.engine.native.make.kernels", kernels.__wrapped__)
     options = {"model": str(tiny_model), "val_dataset": "none.jsonl"}
     engine = make_engine(source_of(build_config(InferConfig, ("argument", options))))
     (answer,) = answers(engine, [Request(id="a", prompt=(5, 6), sampling=Sampling(max_new_tokens=3, temperature=0))])
