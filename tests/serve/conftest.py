@@ -146,6 +146,9 @@ def start(tmp_path_factory):
 
     yield start
     for server in servers:
+        if server.process.poll() is None:
+            server.process.send_signal(signal.SIGTERM)  # together: each takes seconds
+    for server in servers:
         server.end()
 
 
