@@ -132,7 +132,10 @@ def test_calibration_compares_probabilities_with_what_is_right():
             [replace(outcome(n, n % 2 == 0), prediction=None) for n in range(40)],
             "answers that could not be read, and count as wrong: 40 (100%)",
         ),
-        ([replace(outcome(n, 1), detail={"notes": {"truncated": 3 * (n % 2)}}) for n in range(40)], "prompts truncated: 20"),
+        (
+            [replace(outcome(n, 1), detail={"notes": {"truncated": 3 * (n % 2)}}) for n in range(40)],
+            "prompts cut, so that they fit the model: 20",
+        ),
         (
             [replace(outcome(n, 1), detail={"finish_reason": "length" if n % 2 else "stop"}) for n in range(40)],
             "answers cut off at the most tokens that they may have: 20 (50%)",

@@ -11,6 +11,14 @@ WIDE = 0.10  # half of an interval of a share
 UNANSWERED = 0.02
 ONE_ANSWER = 0.9
 FEW = 30
+# What was done to prompts, by the name of the note.
+NOTES = {
+    "shots_left_out": "prompts with fewer solved examples, so that they fit the model",
+    "truncated": "prompts cut, so that they fit the model",
+    "joined_to_question": "questions with an answer whose first token the tokenizer joins to the question, scored without that beginning",
+    "system_in_question": "prompts whose system message stands before the question, since the template takes none",
+    "prefix_left_out": "prompts without the words that an answer begins with, since servers take none",
+}
 
 
 def warnings(result: Result, outcomes: Sequence[Outcome], is_share: bool) -> list[str]:
@@ -34,7 +42,8 @@ def warnings(result: Result, outcomes: Sequence[Outcome], is_share: bool) -> lis
         missing = len(outcomes) - len(finite(outcomes, result.about.metric))
         if missing:
             found.append(f"items without a finite value of {result.about.metric}, left out of its mean: {missing}")
-    found += [f"prompts {name.replace('_', ' ')}: {count}" for name, count in result.notes.items() if name != "windows"]
+    told = ((NOTES.get(name, name.replace("_", " ")), count) for name, count in result.notes.items() if name != "windows")
+    found += [f"{what}: {count}" for what, count in told]
     return found
 
 
