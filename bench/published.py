@@ -158,6 +158,8 @@ def write_for_lm_eval(subjects: Sequence[Subject], data: str, mode: str, own: Pa
     for subject in subjects:
         files = {}
         for split, rows in (("dev", subject.shots), ("test", subject.questions)):
+            if not rows:
+                continue  # which lm-eval's reader does not take
             files[split] = str(folder / f"{subject.name}_{split}.jsonl")
             Path(files[split]).write_text(_lines([_as_on_the_hub(row, data) for row in rows]), encoding="utf-8")
         task = _task(subject.name, data, mode, own) | {
