@@ -161,6 +161,12 @@ def test_keys_beyond_the_window_are_not_gathered():
     assert tile.within(8) is tile
 
 
+@pytest.mark.parametrize("size", [1, 7, 64, 319, 320, 500])
+def test_few_tokens_of_the_vocabulary_at_a_time_are_all_of_it(size, monkeypatch):
+    monkeypatch.setattr(score, "SLICE", size)
+    check(engine_of(), model_of(), texts_of())
+
+
 def test_few_logits_at_a_time_are_those_of_all(monkeypatch):
     monkeypatch.setattr(score, "MOST_LOGITS", 3 * VOCABULARY)
     check(engine_of(), model_of(), texts_of())

@@ -51,7 +51,7 @@ def lies_in_files(model: Any) -> bool:
 
 
 @contextlib.contextmanager
-def layer_by_layer(model: Any) -> Iterator[None]:
+def layer_by_layer(model: Any) -> Iterator[MappedWeights]:
     """Within, a module's own mapped weights are let go when it has computed: those of one at a time take memory.
 
     Each pass finds them in the file again, for which the system keeps a copy as long as nobody else needs the memory. A page
@@ -67,7 +67,7 @@ def layer_by_layer(model: Any) -> Iterator[None]:
     own = [module for module in model.modules() if any(files.holds(weight) for weight in module.parameters(recurse=False))]
     hooks = [module.register_forward_hook(let_go) for module in own]
     try:
-        yield
+        yield files
     finally:
         for hook in hooks:
             hook.remove()

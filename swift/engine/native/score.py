@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swift.engine.forward import ForwardScorer
-from swift.engine.native.mapped import layer_by_layer
+from swift.engine.native.mapped import MappedWeights, layer_by_layer
 from swift.engine.native.pages import PagedCache
 from swift.engine.native.runner import Runner, paging_fault
 from swift.engine.native.tree import Path, Tree
@@ -17,11 +17,12 @@ from swift.engine.native.trie import Ints, Trie, trie_of
 from swift.engine.scoring import Score, Scorer, Text, check_texts, context_of
 from swift.errors import DataError, ModelError
 
-MOST_LOGITS = 2**23  # numbers of logits at once, 32 MiB in float32
+MOST_LOGITS = 2**22  # numbers of logits at once, 16 MiB in float32
+SLICE = 2**13  # tokens of the vocabulary whose weights are read at once
 LIVE_CACHE_BYTES = 2**30  # for keys and values beside a model in training
 LIVE_NUM_TOKENS = 512
 
-# T rows of a pass, K of them whose logits are read, M scored tokens, V vocabulary
+# T rows of a pass, K of them whose logits are read, M scored tokens, V vocabulary, C tokens of a part of it, D model width
 
 
 class TrieScorer:
@@ -97,26 +98,45 @@ class TrieScorer:
         rows_K, where_M = np.unique(trie.rows[wanted] - begin, return_inverse=True)
         is_packed = self.runner.packed is not None
         in_files = layer_by_layer(self.runner.policy.inner) if self.is_layer_by_layer and not is_packed else contextlib.nullcontext()
-        with in_files, torch.inference_mode() if is_packed else torch.no_grad():
+        with in_files as files, torch.inference_mode() if is_packed else torch.no_grad():
             states_TD = self.runner.states(torch.from_numpy(trie.ids[begin:end]), torch.from_numpy(positions), tree, adapter)
             states_KD = states_TD.index_select(0, torch.from_numpy(rows_K).to(device))
-            return self._read(states_KD, where_M, trie.tokens[wanted])
+            return self._read(states_KD, where_M, trie.tokens[wanted], files)
 
-    def _read(self, states_KD: Tensor, where_M: Ints, tokens_M: Ints) -> tuple[Any, Any]:
+    def _read(self, states_KD: Tensor, where_M: Ints, tokens_M: Ints, files: MappedWeights | None) -> tuple[Any, Any]:
         """Of ``tokens_M`` after the states ``where_M``, which ascend. Few logits at once, however many are read."""
         logprobs: list[Tensor] = []
         greedy: list[Tensor] = []
-        size = max(1, MOST_LOGITS // self.vocabulary)
+        width = min(self.vocabulary, SLICE) if isinstance(self.runner.policy.head, Tensor) else self.vocabulary
+        size = max(1, MOST_LOGITS // width)
         for begin in range(0, len(states_KD), size):
-            logits_KV = self.runner.policy.logits_of(states_KD[begin : begin + size]).float()
+            states = states_KD[begin : begin + size]
             mine = slice(*np.searchsorted(where_M, [begin, begin + size]))
-            where, tokens = (torch.from_numpy(part[mine]).to(logits_KV.device) for part in (where_M - begin, tokens_M))
-            chosen = logits_KV[where, tokens]
-            greedy.append(chosen >= logits_KV.amax(-1)[where])
-            logprobs.append(chosen - logits_KV.logsumexp(-1)[where])
+            where, tokens = (torch.from_numpy(part[mine]).to(states.device) for part in (where_M - begin, tokens_M))
+            chosen = states.new_full((len(tokens),), torch.nan, dtype=torch.float32)
+            most_K = total_K = states.new_full((len(states),), -torch.inf, dtype=torch.float32)
+            for first, logits_KC in self._logits(states, files):
+                is_here = (tokens >= first) & (tokens < first + logits_KC.shape[1])
+                chosen[is_here] = logits_KC[where[is_here], tokens[is_here] - first]
+                most_K = most_K.maximum(logits_KC.amax(-1))
+                total_K = total_K.logaddexp(logits_KC.logsumexp(-1))
+            greedy.append(chosen >= most_K[where])
+            logprobs.append(chosen - total_K[where])
         if not logprobs:
             return np.empty(0, np.float32), np.empty(0, np.bool_)
         return torch.cat(logprobs).cpu().numpy(), torch.cat(greedy).cpu().numpy()
+
+    def _logits(self, states_KD: Tensor, files: MappedWeights | None) -> Iterator[tuple[int, Tensor]]:
+        """Float32 logits (K, C) of parts of the vocabulary, and where each begins: one part, if the head is more than a product with
+        its weight (V, D). What was read of a weight that lies in ``files`` is let go."""
+        head = self.runner.policy.head
+        if not isinstance(head, Tensor):
+            yield 0, self.runner.policy.logits_of(states_KD).float()
+            return
+        for begin, weight_CD in zip(range(0, len(head), SLICE), head.split(SLICE), strict=True):
+            yield begin, (states_KD @ weight_CD.T).float()
+            if files is not None:
+                files.let_go(weight_CD)
 
 
 def _passes(trie: Trie, num_places: int, most: int) -> Iterator[tuple[int, int]]:
