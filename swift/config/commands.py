@@ -10,6 +10,7 @@ from swift.config.export import ExportConfig, QuantizeConfig
 from swift.config.generate import GenerateConfig
 from swift.config.model import ModelConfig, QuantConfig
 from swift.config.options import Config, opt
+from swift.config.parallel import ParallelConfig
 from swift.config.train import LiveTasksConfig, PrecisionConfig, RunConfig, StepsConfig
 from swift.config.tuner import TunerConfig
 from swift.errors import ConfigError
@@ -17,6 +18,7 @@ from swift.errors import ConfigError
 
 @dataclass(kw_only=True)
 class SftConfig(
+    ParallelConfig,
     RunConfig,
     LiveTasksConfig,
     PrecisionConfig,

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch.optim import Optimizer
 
 from swift.errors import CheckpointError, TrainingError
 from swift.files import save_torch
+from swift.model.batch import Batch
+from swift.objectives.base import Objective
+from swift.parallel.base import Sums, accumulate
 
 SMALLEST_SCALE = 2.0**-14
 
@@ -36,6 +39,15 @@ class Single:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+    def add(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+    def accumulate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch], count: float) -> Sums:
+        return accumulate(self, policy, objective, reference, batches, count, self.device)
+
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
@@ -51,6 +63,9 @@ class Single:
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
             raise TrainingError("the gradients overflow float16 at every loss scale")
         return norm, math.isfinite(norm)
+
+    def whole(self, model: Any, *, only: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+        return {name: tensor.cpu() for name, tensor in model.state_dict().items() if only is None or only(name)}
 
     def save(self, path: Path) -> None:
         save_torch(path, {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()})

@@ -1,6 +1,5 @@
 """The training loop. It knows nothing of losses, models or parallelism."""
 
-import contextlib
 import math
 import queue
 import signal
@@ -15,7 +14,7 @@ import torch
 from swift.errors import TrainingError
 from swift.model.batch import Batch
 from swift.objectives.base import Objective, Policy
-from swift.parallel.base import Strategy
+from swift.parallel.base import Strategy, Sums
 from swift.train.state import TrainState
 
 T = TypeVar("T")
@@ -36,57 +35,53 @@ class StepResult:
 
 
 def train_step(
-    policy: Policy, batches: Sequence[Batch], *, objective: Objective, strategy: Strategy, max_grad_norm: float, device: torch.device
+    policy: Policy, batches: Sequence[Batch], *, objective: Objective, strategy: Strategy, max_grad_norm: float, reference: Any = None
 ) -> StepResult:
     """Forward and backward over the micro-batches of one step, then one update.
 
-    The loss is divided once, by the count of the whole step, so it does not depend on how the step is cut.
-    Raises TrainingError when the loss is not finite.
+    The loss is divided once, by the count of the whole step over all processes, so it does not depend on how the step is
+    cut. Raises TrainingError, in every process, when the loss is not finite.
     """
-    count = sum(objective.count(batch) for batch in batches)
-    loss_sum, metrics = 0.0, dict[str, float]()
-    root_ids = batches[0].root_ids
-    longest = max((int(batch.layout.document_lengths().max()) for batch in batches if batch.layout is not None), default=None)
-    with contextlib.ExitStack() as root:
-        with strategy.autocast():
-            root.enter_context(policy.root(root_ids.to(device) if root_ids is not None else None, longest))
-        for batch in batches:
-            with strategy.autocast():
-                batch_sum, batch_metrics = objective.loss_sum(policy, None, batch.to(device))
-            value = float(batch_sum.detach())
-            if not math.isfinite(value):
-                raise TrainingError(f"the loss is {value}")
-            strategy.backward(batch_sum / max(count, 1.0))
-            loss_sum += value
-            for name, metric in batch_metrics.items():
-                metrics[name] = metrics.get(name, 0.0) + float(metric)
+    root = len(batches[0].root_ids) if batches[0].root_ids is not None else 0
+    own = [sum(objective.count(batch) for batch in batches)]
+    own += [sum(batch.num_tokens for batch in batches), root + sum(batch.num_computed for batch in batches)]
+    count, tokens, computed = strategy.add(own)
+    sums = strategy.accumulate(policy, objective, reference, batches, count)
+    names = sorted(sums.metrics)
+    loss_sum, *values = strategy.add([float(sums.loss), *(float(sums.metrics[name]) for name in names)])
+    if not math.isfinite(loss_sum):
+        raise TrainingError(f"the loss is {loss_sum}")
     grad_norm, was_applied = strategy.clip_and_step(max_grad_norm)
-    tokens, computed = sum(batch.num_tokens for batch in batches), sum(batch.num_computed for batch in batches)
-    computed += len(root_ids) if root_ids is not None else 0
-    return StepResult(loss_sum / max(count, 1.0), loss_sum, count, metrics, grad_norm, tokens, computed, was_applied)
+    metrics = dict(zip(names, values, strict=True))
+    return StepResult(loss_sum / max(count, 1.0), loss_sum, count, metrics, grad_norm, round(tokens), round(computed), was_applied)
 
 
 @torch.no_grad()
 def evaluate(
-    policy: Policy, batches: Iterator[Batch], *, objective: Objective, strategy: Strategy, device: torch.device
+    policy: Policy,
+    batches: Iterator[Batch],
+    *,
+    objective: Objective,
+    strategy: Strategy,
+    device: torch.device,
+    reference: Any = None,
 ) -> dict[str, float]:
-    """eval_loss and the objective's metrics over all ``batches``: sums divided once."""
+    """eval_loss and the objective's metrics over all ``batches`` of all processes: sums divided once."""
     model = policy.model
     was_training = model.training
     model.eval()
-    loss_sum, count, metrics = 0.0, 0.0, dict[str, float]()
+    sums, count = Sums(), 0.0
     begin = time.monotonic()
     for batch in batches:
         with strategy.autocast():
-            batch_sum, batch_metrics = objective.loss_sum(policy, None, batch.to(device))
-        loss_sum += float(batch_sum)
+            sums.add(*strategy.call(objective.loss_sum, policy, reference, batch.to(device)))
         count += objective.count(batch)
-        for name, metric in batch_metrics.items():
-            metrics[name] = metrics.get(name, 0.0) + float(metric)
     model.train(was_training)
+    names = sorted(sums.metrics)
+    count, loss_sum, *values = strategy.add([count, float(sums.loss), *(float(sums.metrics[name]) for name in names)])
     count = max(count, 1.0)
     result = {"eval_loss": loss_sum / count}
-    result |= {f"eval_{name}": value / count for name, value in metrics.items()}
+    result |= {f"eval_{name}": value / count for name, value in zip(names, values, strict=True)}
     result["eval_runtime"] = time.monotonic() - begin
     return result
 

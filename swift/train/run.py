@@ -169,7 +169,6 @@ class Session:
                 objective=self.objective,
                 strategy=self.strategy,
                 max_grad_norm=config.max_grad_norm,
-                device=self.device,
             )
         except TrainingError as problem:
             raise self._with_rows_dumped(problem, step) from problem

@@ -1,0 +1,127 @@
+"""The processes of a run: who this one is, and what they tell one another. One process alone needs no torch.distributed."""
+
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from swift.errors import ConfigError
+
+# Set by torchrun and every launcher that speaks its language.
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among ``size`` of them; ``local_rank`` counts those of one machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        return self.size == 1
+
+    def broadcast(self, value: Any) -> Any:
+        """What the main process has as ``value``, in every process."""
+        if self.is_alone:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """``value`` of every process, by rank, in every process."""
+        if self.is_alone:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def barrier(self) -> None:
+        """Return when every process has come here."""
+        if not self.is_alone:
+            dist.barrier()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process goes through the block first, the others when it has: they find what it has cached.
+
+        If it fails, the others fail with it: none waits for ever.
+        """
+        if self.is_alone or self.is_main:
+            try:
+                yield
+            except BaseException as problem:
+                self.broadcast(f"{type(problem).__name__}: {problem}")
+                raise
+            self.broadcast(None)
+            return
+        problem = self.broadcast(None)
+        if problem is not None:
+            raise SystemExit(1)  # rank 0 says what happened
+        yield
+
+
+def add(values: Sequence[float], device: torch.device, group: Any = None) -> list[float]:
+    """The sums of ``values`` over the processes of ``group`` (all, if None), in float64 where the device has it."""
+    dtype = torch.float32 if device.type in ("mps", "npu") else torch.float64
+    tensor = torch.tensor(values, dtype=dtype, device=device)
+    dist.all_reduce(tensor, group=group)
+    return [float(value) for value in tensor.tolist()]
+
+
+def read_world(environment: dict[str, str] | None = None) -> World:
+    """The world that a launcher has set in the environment; ConfigError if it is half set or contradicts itself."""
+    env = dict(os.environ if environment is None else environment)
+    values: dict[str, int] = {}
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", None), ("LOCAL_WORLD_SIZE", None)):
+        text = env.get(name, "")
+        try:
+            values[name] = int(text) if text else (default if default is not None else -1)
+        except ValueError:
+            raise ConfigError(f"{name}={text!r} is not a number", hint="torchrun and swift launch set it") from None
+    rank, size = values["RANK"], values["WORLD_SIZE"]
+    if not 0 <= rank < size:
+        raise ConfigError(f"RANK={rank} does not fit WORLD_SIZE={size}", hint="torchrun and swift launch set both")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+    if size > 1 and missing:
+        raise ConfigError(f"WORLD_SIZE={size} is set, but {missing[0]} is not", hint="start it by torchrun or swift launch, which set both")
+    local = values["LOCAL_RANK"] if values["LOCAL_RANK"] >= 0 else rank
+    return World(rank, size, local, values["LOCAL_WORLD_SIZE"] if values["LOCAL_WORLD_SIZE"] > 0 else size)
+
+
+@contextmanager
+def join(device: torch.device, *, backend: str | None = None, timeout_s: int = 1800) -> Iterator[World]:
+    """The world of this process, joined; left when the block ends. Nothing is set up for a single process.
+
+    ``backend`` is by default what torch has for ``device``: gloo for a CPU, NCCL for CUDA, HCCL for an NPU.
+    """
+    world = read_world()
+    if world.is_alone or dist.is_initialized():  # a caller has joined already
+        yield world
+        return
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(world.local_rank)
+    chosen = backend or dist.get_default_backend_for_device(device)
+    try:
+        dist.init_process_group(chosen, timeout=datetime.timedelta(seconds=timeout_s))
+    except (RuntimeError, ValueError, OSError) as problem:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConfigError(f"rank {world.rank} cannot join the others at {where} by {chosen}: {str(problem).splitlines()[0]}") from None
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
