@@ -43,8 +43,8 @@ class Strategy(Protocol):
     def whole(self, model: Any, *, only: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
         """Every tensor of ``model.state_dict()`` whose name ``only`` takes, whole and on the CPU: in the main process, {} elsewhere."""
 
-    def save(self, path: Path) -> None:
-        """Write optimizer and scaler state."""
+    def save(self, path: Path, *, in_background: bool = False) -> Any:
+        """Write optimizer and scaler state. What is still being written ``in_background`` is a Future, else None."""
 
     def load(self, path: Path) -> None:
         """Read it back: training goes on bit for bit on as many processes, and as exactly as sums allow on another number."""

@@ -71,7 +71,7 @@ class Single:
     def whole(self, model: Any, *, only: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
         return {name: tensor.cpu() for name, tensor in model.state_dict().items() if only is None or only(name)}
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, in_background: bool = False) -> Any:
         save_torch(path, {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()})
 
     def load(self, path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -43,6 +44,7 @@ class Spread:
         self.cpu_offload, self.reshard_after_forward = cpu_offload, reshard_after_forward
         self.scale = LossScale() if autocast_dtype == torch.float16 else None
         self._entry: Any = None
+        self._writers: Any = None  # processes as they write in the background
 
     def prepare(self, model: Any, make_optimizer: Callable[[Any], Optimizer]) -> tuple[Any, Optimizer]:
         if self.shards:
@@ -142,9 +144,19 @@ class Spread:
             "optimizer": sum(local(value).numel() * value.element_size() for value in states),
         }
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, in_background: bool = False) -> Any:
         self._let_go()
-        state.save(path, self.model, self.optimizer, self.world, is_sharded=self.shards, scale=self.scale)
+        if in_background and self._writers is None:
+            self._writers = dist.new_group(backend="gloo")
+        return state.save(
+            path,
+            self.model,
+            self.optimizer,
+            self.world,
+            is_sharded=self.shards,
+            scale=self.scale,
+            in_background=self._writers if in_background else None,
+        )
 
     def load(self, path: Path) -> None:
         self._let_go()

@@ -115,6 +115,7 @@ class Session:
     ) -> None:
         self.config, self.run, self.data, self.steps, self.device = config, run, data, steps, choose_device(config.device)
         self.world = world
+        self.checkpoints = checkpoints.Checkpoints(run, world, in_background=config.async_save, then=self._tidy)
         self.tokenizer, self.loaded, self.tasks = loaded.tokenizer, loaded, tasks
         self.objective = OBJECTIVES.get("sft")()
         self.tuner = TUNERS.get(config.tuner_type)()
@@ -177,12 +178,14 @@ class Session:
             with contextlib.closing(ready):  # type: ignore[type-var]
                 for step, batches in ready if not self._is_out_of_patience() else ():
                     self._step(step, batches)
+                    self.checkpoints.finish_if_written(self.device)
                     is_last = state.global_step == self.steps.total or self._is_out_of_patience()
                     if self.world.any(stop.is_set, self.device) and not is_last:
                         self._leave_early()
                     if is_last:
                         break
         saved = self._save() if config.save_strategy != "no" else None
+        self.checkpoints.finish()
         saved = self._take_best(saved)
         self._finish(saved)
         return TrainResult(self.run.path, saved, state)
@@ -261,8 +264,7 @@ class Session:
 
     def _save(self) -> Path:
         config = self.config
-        path = checkpoints.save_checkpoint(
-            self.run,
+        return self.checkpoints.save(
             model=self.model,
             tokenizer=self.tokenizer,
             tuner=self.tuner,
@@ -272,10 +274,11 @@ class Session:
             args=to_dict(config),
             max_shard_size=config.max_shard_size,
             only_model=config.save_only_model,
-            world=self.world,
         )
-        if not self.world.is_main:
-            return path
+
+    def _tidy(self, path: Path) -> None:
+        """What is done when the checkpoint ``path`` is there: older ones go, links follow."""
+        config = self.config
         if config.save_total_limit is not None:
             checkpoints.prune(self.run, config.save_total_limit, best_step=self.state.best_step)
         if config.create_checkpoint_symlink:
@@ -283,7 +286,6 @@ class Session:
             best = self.run / f"checkpoint-{self.state.best_step}"
             if best.exists():
                 checkpoints.link(self.run, "best", best.name)
-        return path
 
     def _resume(self, path: Path) -> None:
         if self.config.resume_only_model:
@@ -362,6 +364,7 @@ class Session:
                 hint="save_strategy or save_only_model forbids it",
             )
         path = self._save()
+        self.checkpoints.finish()
         raise Interrupted(f"stopped after step {self.state.global_step}; saved {path}", hint=f"{how} goes on")
 
     def _on_stop(self) -> None:
