@@ -8,7 +8,7 @@ from torch import distributed as dist
 from swift.data.collate import flat_batch, flat_batches, padded_batch
 from swift.errors import ConfigError
 from swift.model.policy import Policy, packing_fault
-from swift.parallel.sequence import make_share, split, tiles, use_sequence_parallel
+from swift.parallel.sequence import PartPolicy, make_share, split, tiles, use_sequence_parallel
 from swift.parallel.sequence.split import part_layout
 from swift.parallel.world import join
 from tests.families import build
@@ -100,6 +100,7 @@ def on_two(families):
             found[family] = {kind: deviations(family, kind, batches) for kind in kinds}
         found["tuned"] = tuned()
         found["recomputed"] = recomputed()
+        found["bent"] = bent()
         found["refused"] = refusals()
         return found
 
@@ -126,6 +127,23 @@ def recomputed():
     part.activation_checkpointing_enable({"use_reentrant": False})
     part.train()
     return deviation(whole, part, BATCHES["shared beginnings"](), share)
+
+
+def bent():
+    """A loss that is no sum over tokens, of a whole batch: (deviation of the loss, of gradients)."""
+    whole, part = build("llama"), build("llama")
+    assert packing_fault(whole) is None
+    share = make_share(part.config, dist.group.WORLD)
+    use_sequence_parallel(part, share)
+    batch = flat_batch(examples())
+    losses = [torch.log(policy.cross_entropy(batch)[0]) for policy in (Policy(whole), PartPolicy(Policy(part), share))]
+    for loss in losses:
+        loss.backward()
+    worst = 0.0
+    for wanted, found in zip(whole.parameters(), part.parameters(), strict=True):
+        dist.all_reduce(found.grad)
+        worst = max(worst, float((found.grad - wanted.grad).abs().max() / wanted.grad.abs().max()))
+    return float((losses[0] - losses[1]).detach().abs()), worst
 
 
 def refusals():
@@ -228,6 +246,11 @@ def test_a_tuner_and_recomputed_blocks_go_with_parts(two):
 )
 def test_four_parts_have_the_loss_and_gradients_of_the_whole(four, how, shared):
     assert_equal_to_one_process([result[how] for result in four], shared)
+
+
+def test_objectives_may_see_whole_batches_and_losses(two):
+    for result in two:
+        assert max(result["bent"]) < TOLERANCE
 
 
 def test_what_cannot_be_shared_is_refused_in_every_process(two):

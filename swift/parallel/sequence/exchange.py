@@ -49,6 +49,20 @@ class Gather(torch.autograd.Function):
         return grad[ctx.group.rank()], None
 
 
+class Total(torch.autograd.Function):
+    """The sum over the processes, in all of them. All go on to compute the same, so each takes the gradient for its own part."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
+        whole = part.clone()
+        dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 class Passing:
     """``tensor`` on its way to the next process of the ring, and the previous one's on its way here."""
 
