@@ -21,7 +21,7 @@ _step = -1
 
 @dataclass(frozen=True)
 class Mark:
-    """What a rank has said last. ``count`` is 0 as long as it has said nothing; ``at`` is time.monotonic() of this machine."""
+    """What a rank has said last. ``count`` is 0 while it is not watched; ``at`` is time.monotonic() of this machine."""
 
     count: int
     at: float
@@ -51,6 +51,12 @@ def mark(step: int | None = None, phase: str = "") -> None:
     if step is not None:
         _step = step
     _LAYOUT.pack_into(_slot, 0, _count, time.monotonic(), _step, phase.encode())
+
+
+def unwatch(phase: str) -> None:
+    """Say that ``phase`` begins, which may take any time: nobody counts it as standing still until the next mark."""
+    if _slot is not None:
+        _LAYOUT.pack_into(_slot, 0, 0, time.monotonic(), _step, phase.encode())
 
 
 def read(path: Path) -> Mark:

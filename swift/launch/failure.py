@@ -96,16 +96,16 @@ def explain(endings: Sequence[Ending], size: int, folder: Path, memory: "MemoryE
         lines.append(f"  after it failed: {', '.join(f'rank {ending.rank} ({_short(ending)})' for ending in others)}")
     log = first.folder / "err.log"
     marker = rank.MARKER.format(rank=first.rank)
-    last = [line for line in tail(log) if line != marker]
-    if not last:
+    last = [line for line in tail(log) if not line.endswith(marker)]
+    if not last and first.rank != 0:  # that of rank 0 is on the terminal
         log = first.folder / "out.log"
         last = tail(log)
-    lines += [f"  its last lines, of {log}:", *(f"  | {line}" for line in last)] if last else ["  it has printed nothing"]
+    lines += [f"  its last lines, of {log}:", *(f"  | {line}" for line in last)] if last else ["  it has printed no error"]
     return RankFailed("\n".join(lines), hint=f"the whole logs of all ranks are in {folder}", exit_code=first.exit_code)
 
 
 def _when(mark: progress.Mark) -> str:
-    if not mark.count:
+    if not mark.phase:
         return ""
     return f" in step {mark.step}, {mark.phase}" if mark.step is not None else f", {mark.phase}"
 

@@ -64,9 +64,9 @@ class Logs(LogsSpecs):
                 "TORCHELASTIC_ERROR_FILE": str(place / "error.json"),
                 "PYTHONUNBUFFERED": "1",
                 # The flight recorder of NCCL: kept, written when the watchdog asks through the pipe, and when NCCL gives up.
-                "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+                "TORCH_FR_BUFFER_SIZE": "2000",
                 "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-                "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(place / "flight-"),
+                "TORCH_FR_DUMP_TEMP_FILE": str(place / "flight-"),
                 "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": str(place / "flight-pipe-"),
             }
             if self.resume:
@@ -102,7 +102,7 @@ class Follower:
                         file.seek(-len(line), os.SEEK_CUR)
                         break
                     text = line.decode(errors="replace")
-                    if self._until is not None and text.rstrip("\n") == self._until:
+                    if self._until is not None and text.rstrip("\n").endswith(self._until):  # torch puts "[rank0]: " before it
                         return
                     self._stream.write(text)
                 self._stream.flush()

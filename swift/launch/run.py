@@ -67,6 +67,9 @@ def launch_here(config: LaunchConfig, *, log_dir: Path, program: Sequence[str] =
     quiet_torch()
     # Two threads for each core slow all of them down.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    # torch 2.13 gives the ranks of every attempt the same store (dynamic_rendezvous.py), where they find the addresses that
+    # those of the attempt before left, and wait for the dead. So rank 0 of each attempt keeps a store of its own.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # Machines may share a disk.
     folder = new_folder_of_launch(log_dir if config.nnodes == 1 else log_dir / socket.gethostname())
     where = "" if config.nnodes == 1 else f" on {socket.gethostname()}, one of {config.nnodes} machines"

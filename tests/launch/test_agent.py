@@ -115,7 +115,7 @@ def test_an_error_that_all_ranks_raise_is_said_once(launch, capsys):
 
 
 def test_an_exit_code_without_a_word_is_passed_on(launch):
-    with pytest.raises(RankFailed, match=r"rank 1 of 2 on .* ended with exit code 7\n  it has printed nothing") as caught:
+    with pytest.raises(RankFailed, match=r"rank 1 of 2 on .* ended with exit code 7\n  it has printed no error") as caught:
         launch("sys.exit(7 if number else 0)")
     assert caught.value.exit_code == 7
 
