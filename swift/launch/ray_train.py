@@ -21,7 +21,9 @@ def launch_ray(config: LaunchConfig, *, log_dir: Path) -> None:
     folder = new_folder_of_launch(log_dir)
     use_gpu = _has_gpu() if config.use_gpu is None else config.use_gpu
     if not ray.is_initialized():
-        ray.init(address=config.ray_address, log_to_driver=True, logging_level="ERROR", include_dashboard=False)
+        ray.init(address=config.ray_address, log_to_driver=True, logging_level="ERROR")
+    # Workers import torch and transformers first, which Ray gives a minute: too little for a busy disk.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     console.notice(f"{config.num_workers} workers of Ray; it keeps what they print in {folder}")
     trainer = train_torch.TorchTrainer(
         work,
@@ -45,7 +47,9 @@ def work(settings: dict[str, Any]) -> None:
 
     os.chdir(settings["folder"])
     os.environ[progress.RUN_VARIABLE] = settings["run_file"]
-    words = list(settings["words"])
+    words = [word for word in settings["words"] if word not in ("--json", "--debug")]
+    console.use_json("--json" in settings["words"])
+    console.quiet_libraries()
     # What rank 0 sees, all do: the file may be there for one and not yet for another.
     known = [rank.run_to_resume(Path(settings["run_file"])) if distributed.get_rank() == 0 else None]
     if distributed.get_world_size() > 1:

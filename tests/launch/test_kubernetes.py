@@ -70,10 +70,10 @@ def test_each_pod_is_a_machine_that_meets_the_others_at_the_first():
     assert pod["subdomain"] == service["metadata"]["name"]  # so that swift-sft-0.swift-sft is the first pod
     assert pod["containers"][0]["resources"] == {"limits": {"nvidia.com/gpu": 8}}
     # $$ and $$( are a dollar to Kubernetes, which fills in $(JOB_COMPLETION_INDEX)
-    assert words(pod) == (
-        ["swift", "launch", "--nproc_per_node=8", "--nnodes=4", "--node_rank=$(JOB_COMPLETION_INDEX)"]
-        + ["--master_addr=swift-sft-0.swift-sft", "--master_port=29500", "--", "sft", "--system", "costs $$5 $$(X)"]
-    )
+    assert words(pod) == [
+        *["swift", "launch", "--nproc_per_node=8", "--nnodes=4", "--node_rank=$(JOB_COMPLETION_INDEX)"],
+        *["--master_addr=swift-sft-0.swift-sft", "--master_port=29500", "--", "sft", "--system", "costs $$5 $$(X)"],
+    ]
 
 
 def test_wrong_input_is_not_run_again_by_the_cluster():
