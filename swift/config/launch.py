@@ -78,7 +78,10 @@ class LaunchConfig(Config):
     @property
     def way(self) -> str | None:
         """What starts the processes: slurm, ray, k8s, or None for this command itself."""
-        return next((name for name in ("slurm", "ray", "k8s") if getattr(self, name)), None)
+        return next(iter(self._ways()), None)
+
+    def _ways(self) -> list[str]:
+        return [name for name, is_chosen in (("slurm", self.slurm), ("ray", self.ray), ("k8s", self.k8s)) if is_chosen]
 
     @property
     def name(self) -> str:
@@ -86,7 +89,7 @@ class LaunchConfig(Config):
 
     def check(self) -> None:
         super().check()
-        chosen = [name for name in ("slurm", "ray", "k8s") if getattr(self, name)]
+        chosen = self._ways()
         if len(chosen) > 1:
             raise ConfigError(f"--{chosen[0]} and --{chosen[1]} exclude each other", hint="keep one")
         if not self.command:

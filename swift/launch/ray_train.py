@@ -18,6 +18,8 @@ def launch_ray(config: LaunchConfig, *, log_dir: Path) -> None:
     """Run the command in --num_workers workers. Raises RankFailed with what the worker that failed last has said."""
     ray = deps.require("ray", extra="ray")
     train, train_torch = deps.require("ray.train", extra="ray"), deps.require("ray.train.torch", extra="ray")
+    # Ray would print what a worker prints to its own log as well, and that on the terminal too. It reads this before a worker does.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     folder = new_folder_of_launch(log_dir)
     use_gpu = _has_gpu() if config.use_gpu is None else config.use_gpu
     if not ray.is_initialized():
