@@ -164,9 +164,11 @@ class Agent(LocalElasticAgent):
         if not is_worth_it or self._remaining_restarts == 0:
             raise problem
         console.error(problem)
-        known = rank.run_to_resume(self.logs.run_file)
-        where = f"the newest checkpoint of {known}" if known else "the beginning"
-        console.notice(f"starting all ranks again, from {where}; {self._remaining_restarts - 1} restarts are left after this one")
+        known, left = rank.run_to_resume(self.logs.run_file), self._remaining_restarts - 1
+        # Another machine may know the run: they agree when they meet again.
+        unknown = "the beginning" if self._worker_group.group_world_size == 1 else "what the machine of rank 0 has"
+        where = f"the newest checkpoint of {known}" if known else unknown
+        console.notice(f"starting all ranks again, from {where}; restarts left after this one: {left}")
         return RunResult(state=WorkerState.FAILED)
 
     def _stop_following(self) -> None:

@@ -73,7 +73,7 @@ def launch_here(config: LaunchConfig, *, log_dir: Path, program: Sequence[str] =
     # Machines may share a disk.
     folder = new_folder_of_launch(log_dir if config.nnodes == 1 else log_dir / socket.gethostname())
     where = "" if config.nnodes == 1 else f" on {socket.gethostname()}, one of {config.nnodes} machines"
-    console.notice(f"{count} processes{where}; what each prints is in {folder}")
+    console.notice(f"{count} {'process' if count == 1 else 'processes'}{where}; what each prints is in {folder}")
     try:
         handler = registry.get_rendezvous_handler(RendezvousParameters(**meeting_place(config)))
         spec = WorkerSpec(
