@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from swift import progress
 from swift.errors import TrainingError
 from swift.model.batch import Batch
 from swift.objectives.base import Objective, Policy
@@ -51,6 +52,7 @@ def train_step(
     loss_sum, *values = strategy.add([float(sums.loss), *(float(sums.metrics[name]) for name in names)])
     if not math.isfinite(loss_sum):
         raise TrainingError(f"the loss is {loss_sum}")
+    progress.mark(phase="clip and step")
     grad_norm, was_applied = strategy.clip_and_step(max_grad_norm)
     metrics = dict(zip(names, values, strict=True))
     return StepResult(loss_sum / max(count, 1.0), loss_sum, count, metrics, grad_norm, round(tokens), round(computed), was_applied)
@@ -73,6 +75,7 @@ def evaluate(
     sums, count = Sums(), 0.0
     begin = time.monotonic()
     for batch in batches:
+        progress.mark(phase="evaluate")
         with strategy.autocast():
             sums.add(*strategy.call(objective.loss_sum, policy, reference, batch.to(device)))
         count += objective.count(batch)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from swift import audit, console, hub
+from swift import audit, console, hub, progress
 from swift.config.commands import SftConfig
 from swift.config.options import to_dict
 from swift.data.collate import flat_batches, padded_batch
@@ -178,6 +178,7 @@ class Session:
             with contextlib.closing(ready):  # type: ignore[type-var]
                 for step, batches in ready if not self._is_out_of_patience() else ():
                     self._step(step, batches)
+                    progress.mark(phase="stop or go on")
                     self.checkpoints.finish_if_written(self.device)
                     is_last = state.global_step == self.steps.total or self._is_out_of_patience()
                     if self.world.any(stop.is_set, self.device) and not is_last:
@@ -193,6 +194,7 @@ class Session:
     def _step(self, step: Step, batches: list[Batch]) -> None:
         """One optimizer step and what is due after it: log, evaluation, checkpoint."""
         config, state, begin = self.config, self.state, time.monotonic()
+        progress.mark(step=state.global_step + 1, phase="forward and backward")
         seed_step(config.seed, state.global_step, self.world.rank)
         try:
             result = train_step(
@@ -240,6 +242,7 @@ class Session:
             parts = (batch for examples in self._evaluation_passes(self.data.validation) for batch in self._collate([examples]))
             values = evaluate(self.policy, parts, objective=self.objective, strategy=self.strategy, device=self.device)
         if self.tasks is not None:
+            progress.unwatch("evaluate tasks")
             own = evaluate_tasks(self.tasks, self.loaded, self.model, is_compiled=self.config.torch_compile) if self.world.is_main else {}
             values |= self.world.broadcast(own)
         self.state.log_history.append(self.trackers.log(self.state.global_step, self.state.epoch, values))
@@ -263,6 +266,7 @@ class Session:
         return interval is not None and self.state.evaluations_without_gain >= interval
 
     def _save(self) -> Path:
+        progress.mark(phase="save")
         config = self.config
         return self.checkpoints.save(
             model=self.model,
@@ -330,6 +334,7 @@ class Session:
         return best
 
     def _finish(self, saved: Path | None) -> None:
+        progress.unwatch("report")
         if not self.world.is_main:
             return
         planned = {"memory": self.checkpointing.facts()} if self.checkpointing else {}
