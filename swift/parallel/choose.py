@@ -60,6 +60,8 @@ def arrange(config: SftConfig, world: World) -> Arrangement:
         )
     if found.is_sharded:
         _refuse(config, found.strategy)
+    if (check := getattr(STRATEGIES.get(found.strategy), "check", None)) is not None:
+        check(config, sizes)
     return found
 
 
