@@ -10,11 +10,10 @@ from swift.cli import main
 
 
 def command(words: list[str]) -> list[str]:
-    """The words after ``swift``. DeepSpeed's launcher puts --local_rank before everything."""
-    ranks = [word for word in words if word.startswith(("--local_rank=", "--local-rank="))]
-    rest = [word for word in words if word not in ranks]
+    """The words after ``swift``. DeepSpeed's launcher puts --local_rank before everything, and says it in the environment too."""
+    rest = [word for word in words if not word.replace("-", "_").startswith("__local_rank=")]
     is_named = bool(rest) and not rest[0].startswith("-")
-    return [*([] if is_named else ["sft"]), *rest, *(word.replace("-", "_").replace("__", "--", 1) for word in ranks)]
+    return rest if is_named else ["sft", *rest]
 
 
 if __name__ == "__main__":
