@@ -44,4 +44,5 @@ def shard(
     for unit in (*blocks, entry):
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
     return entry

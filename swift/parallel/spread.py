@@ -81,6 +81,11 @@ class Spread:
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments) if self._entry is None else self._entry(function, *arguments)
 
+    def _let_go(self) -> None:
+        """Parameters are parts again, those too that a pass without a backward pass has left whole."""
+        if self._entry is not None:
+            self._entry.reshard()
+
     def add(self, values: Sequence[float]) -> list[float]:
         return add(values, self.device, self.mesh.data.get_group())
 
@@ -112,6 +117,7 @@ class Spread:
         return norm, is_finite
 
     def whole(self, model: Any, *, only: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+        self._let_go()
         found: dict[str, Tensor] = {}
         first: dict[int, str] = {}  # a tied weight is gathered once, and stays one tensor
         ids = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -137,7 +143,9 @@ class Spread:
         }
 
     def save(self, path: Path) -> None:
+        self._let_go()
         state.save(path, self.model, self.optimizer, self.world, is_sharded=self.shards, scale=self.scale)
 
     def load(self, path: Path) -> None:
+        self._let_go()
         state.load(path, self.model, self.optimizer, self.world, self.device, scale=self.scale)

@@ -1,14 +1,23 @@
 """Training in several processes is training in one: the same loss, gradients and weights, of parts that are really parts."""
 
 import json
+import shutil
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot
+import peft
 import pytest
-import torch
+import transformers.models.llama.modeling_llama
 from safetensors.torch import load_file
+
+import swift.parallel.spread
+import swift.train.run
 
 from tests.ranks import run_ranks
 
+# What each forked process would import by itself.
+PREPARED = (matplotlib.pyplot, peft, transformers.models.llama.modeling_llama, swift.parallel.spread, swift.train.run)
 pytestmark = pytest.mark.multi
 OPTIONS = {
     "add_version": False,
@@ -18,7 +27,6 @@ OPTIONS = {
     "learning_rate": 1e-2,
     "logging_steps": 1,
     "report_samples": 0,
-    "lora_dropout": 0.0,
     "save_steps": 2,
     "split_dataset_ratio": 0.2,
 }
@@ -61,6 +69,7 @@ def differs(found, wanted) -> float:
 @pytest.mark.parametrize("flat", [True, False])
 def test_two_and_four_processes_train_as_one(tiny_model, rows, tmp_path, tuner, flat):
     options = {"tuner_type": tuner, "padding_free": flat, "gradient_accumulation_steps": 4}
+    options |= {"lora_dropout": 0.0} if tuner == "lora" else {}
     one = train(tiny_model, rows, tmp_path / "one", **options)
     for name, size, more in (
         ("ddp", 2, {"strategy": "ddp"}),
@@ -69,7 +78,7 @@ def test_two_and_four_processes_train_as_one(tiny_model, rows, tmp_path, tuner, 
         ("offload", 2, {"fsdp": "fsdp2", "fsdp_cpu_offload": True, "fsdp_reshard_after_forward": False, "gradient_checkpointing": True}),
     ):
         several = {**options, **more, "gradient_accumulation_steps": 4 // size}
-        results = run_ranks(size, train, tiny_model, rows, tmp_path / name, deadline_s=90)if False else run_ranks(size, _train, (tiny_model, rows, tmp_path / name, several))
+        results = run_ranks(size, _train, (tiny_model, rows, tmp_path / name, several))
         for result in results:
             for found, wanted in zip(result["lines"], one["lines"], strict=True):
                 for key in ("loss", "grad_norm", "eval_loss", "token_acc"):
@@ -93,3 +102,24 @@ def _model(path):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+def test_a_run_goes_on_in_another_number_of_processes(tiny_model, rows, tmp_path, tuner):
+    options = {"tuner_type": tuner, "gradient_accumulation_steps": 2}
+    options |= {"lora_dropout": 0.0} if tuner == "lora" else {}
+    run_ranks(2, _train, (tiny_model, rows, tmp_path / "parts", {**options, "fsdp": "fsdp2"}))
+    run_ranks(2, _train, (tiny_model, rows, tmp_path / "copies", options))
+    assert (tmp_path / "parts/checkpoint-2/optimizer/.metadata").is_file()
+    assert (tmp_path / "copies/checkpoint-2/optimizer.pt").is_file()
+    wanted = weights(tmp_path / "copies", 4)
+    assert differs(weights(tmp_path / "parts", 4), wanted) < 2e-4
+    for begun, size, more in (("parts", 4, {"fsdp": "fsdp2"}), ("parts", 1, {}), ("parts", 2, {}), ("copies", 4, {"fsdp": "fsdp2"})):
+        out = tmp_path / f"{begun}-{size}-{len(more)}"
+        shutil.copytree(tmp_path / begun, out)
+        shutil.rmtree(out / "checkpoint-4")
+        several = {**options, **more, "resume_from_checkpoint": str(out)}
+        run_ranks(size, _train, (tiny_model, rows, out, several))
+        assert differs(weights(out, 4), wanted) < 2e-4, (begun, size)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
