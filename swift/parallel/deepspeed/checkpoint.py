@@ -116,6 +116,7 @@ def _universal(folder: Path, tag: str, engine: Any, world: World) -> Iterator[st
         world.barrier()
         if world.is_main:
             shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / "latest_universal").unlink(missing_ok=True)
 
 
 def _convert(source: Path, target: Path) -> None:

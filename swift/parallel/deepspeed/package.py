@@ -1,8 +1,6 @@
-"""The package deepspeed: imported for the right device, without compiling what is not needed, and quiet."""
+"""The package deepspeed: imported for the right device, and without compiling what is not needed."""
 
-import logging
 import os
-import sys
 import warnings
 from typing import Any
 
@@ -23,11 +21,9 @@ def load(device_type: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         package = part("deepspeed")
-    # Collectives through shared memory between the processes of a CPU: a build of minutes, for what gloo does too.
-    part("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
-    for handler in logging.getLogger("DeepSpeed").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)  # stdout is for what the command prints
+    # What can be compiled is found out by trying, loudly, at the first look; only collectives through shared memory between
+    # the processes of a CPU look, to be built for minutes, and gloo does the same.
+    part("deepspeed.ops").__dict__.setdefault("__compatible_ops__", {})
     # DeepSpeed 0.19.8 asks torch 2.13 by the old names.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+. is deprecated", category=FutureWarning)
     return package
@@ -38,6 +34,7 @@ def part(module: str) -> Any:
     return deps.require(module, extra=EXTRA)
 
 
-def has(operation: str) -> bool:
-    """Whether ``operation`` can be compiled here."""
-    return bool(part("deepspeed.ops").__compatible_ops__.get(operation))
+def reads_disks() -> bool:
+    """Whether the reader and writer of disks can be compiled here: it needs libaio."""
+    builder = part("deepspeed.ops.op_builder").AsyncIOBuilder
+    return bool(builder().is_compatible(verbose=False))

@@ -49,7 +49,7 @@ class DeepSpeed:
         package.load(choose_device(config.device).type)
         schema.check(settings.fill(found, config, sizes.dp, width=1024, dtype=None), name)
         parts = ("offload_optimizer", "offload_param")
-        if "nvme" in [settings.value_at(found, f"zero_optimization.{part}.device") for part in parts] and not package.has("async_io"):
+        if "nvme" in [settings.value_at(found, f"zero_optimization.{part}.device") for part in parts] and not package.reads_disks():
             raise DependencyError(f"{name}: offload to nvme needs libaio, which is not installed", hint="apt install libaio-dev")
 
     def __init__(self, config: SftConfig, world: World, device: torch.device, autocast_dtype: torch.dtype | None = None) -> None:
