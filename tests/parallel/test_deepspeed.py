@@ -263,6 +263,15 @@ def test_a_run_saves_what_transformers_loads_and_goes_on_in_one_process(untied, 
             assert found[key] == pytest.approx(known[key], rel=1e-5), key
 
 
+def test_lora_on_four_bits_trains_in_parts_as_in_one_process(untied, rows, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra")
+    given = {"tuner_type": "lora", "lora_dropout": 0.0, "quant_method": "bnb", "quant_bits": 4, "save_strategy": "no"}
+    one = run_ranks(1, train, untied, rows, tmp_path / "one", given | {"deepspeed": None, "gradient_accumulation_steps": 2})[0]
+    for seen in run_ranks(2, train, untied, rows, tmp_path / "two", given):
+        for found, known in zip(seen, one, strict=True):
+            assert (found["loss"], found["grad_norm"]) == pytest.approx((known["loss"], known["grad_norm"]), rel=1e-4)
+
+
 @pytest.mark.slow
 def test_the_launcher_of_deepspeed_trains(tiny_model, rows, tmp_path):
     words = "--lora_rank 64 --deepspeed deepspeed_zero3.json --max_steps 2 --per_device_train_batch_size 2 --logging_steps 1"

@@ -118,7 +118,7 @@ def test_a_setting_that_is_unknown_or_wrong_is_named_in_one_line(tmp_path, found
     ],
 )
 def test_a_value_that_contradicts_an_option_names_both(tmp_path, found, given, message):
-    with pytest.raises(ConfigError, match="mine.json") as caught:
+    with pytest.raises(ConfigError, match=r"mine\.json") as caught:
         check(tmp_path, found, **given)
     assert message in caught.value.message
 
@@ -141,6 +141,8 @@ def test_a_preset_that_does_not_exist_names_the_near_one():
 def test_other_axes_and_missing_settings_are_refused():
     with pytest.raises(ConfigError, match="--deepspeed zero2 and dp 2 x tp 2 cannot be combined"):
         arrange(options(deepspeed="zero2", tensor_model_parallel_size=2), World(0, 4))
+    with pytest.raises(ConfigError, match="--fp16 and --deepspeed zero2 cannot be combined: DeepSpeed has no float16 on this device"):
+        arrange(options(deepspeed="zero2", fp16=True, device="cpu"), World(0, 2))
     with pytest.raises(ConfigError, match="--strategy deepspeed needs settings"):
         arrange(options(strategy="deepspeed"), World(0, 2))
 

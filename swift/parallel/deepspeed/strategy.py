@@ -47,6 +47,8 @@ class DeepSpeed:
         found = settings.read(config.deepspeed)
         settings.agree(found, config, sizes.dp)
         package.load(choose_device(config.device).type)
+        if config.fp16:
+            _check_float16(name)
         schema.check(settings.fill(found, config, sizes.dp, width=1024, dtype=None), name)
         parts = ("offload_optimizer", "offload_param")
         if "nvme" in [settings.value_at(found, f"zero_optimization.{part}.device") for part in parts] and not package.reads_disks():
@@ -59,6 +61,8 @@ class DeepSpeed:
         self.settings = settings.read(config.deepspeed)
         self.stage = settings.stage(self.settings)
         self.is_float16 = autocast_dtype == torch.float16
+        if self.is_float16:
+            _check_float16(f"--deepspeed {config.deepspeed}")
         self._left = 0
 
     def prepare(self, model: Any, make_optimizer: Callable[[Any], Optimizer]) -> tuple[Any, Optimizer]:
@@ -170,6 +174,11 @@ class DeepSpeed:
     def load(self, path: Path) -> None:
         with _quiet():
             checkpoint.load(path.parent, self.engine, self.model, self.world)
+
+
+def _check_float16(name: str) -> None:
+    if not package.part("deepspeed.accelerator").get_accelerator().is_fp16_supported():
+        raise ConfigError(f"--fp16 and {name} cannot be combined: DeepSpeed has no float16 on this device", hint="use --bf16")
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
