@@ -8,6 +8,7 @@ STRATEGIES = Registry(
         "single": "swift.parallel.single:Single",
         "ddp": "swift.parallel.spread:Spread",
         "fsdp2": "swift.parallel.spread:Spread",
+        "deepspeed": "swift.parallel.deepspeed.strategy:DeepSpeed",
     },
     group="swift.strategy",
 )

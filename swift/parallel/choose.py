@@ -63,6 +63,8 @@ def arrange(config: SftConfig, world: World) -> Arrangement:
         )
     if found.is_sharded:
         _refuse(config, found.strategy)
+    if (check := getattr(STRATEGIES.get(found.strategy), "check", None)) is not None:
+        check(config, sizes)
     return found
 
 
@@ -81,7 +83,7 @@ def _refuse(config: SftConfig, name: str) -> None:
             f"--tuner_type {config.tuner_type} and {said} cannot be combined: it changes whole matrices while training",
             hint="use --tuner_type lora, or --strategy ddp",
         )
-    if config.quant_method is not None and name != "fsdp2":
+    if config.quant_method is not None and name not in ("fsdp2", "deepspeed"):
         raise ConfigError(f"--quant_method {config.quant_method} and {said} cannot be combined", hint="use --strategy ddp or fsdp2")
     if config.eval_dataset:
         raise ConfigError(

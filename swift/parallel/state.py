@@ -28,7 +28,8 @@ def folder_of(path: Path) -> Path:
 
 
 def exists(path: Path) -> bool:
-    return path.is_file() or (folder_of(path) / ".metadata").is_file()
+    """Whether there is a state: one file, a folder of parts, or what DeepSpeed keeps beside it."""
+    return path.is_file() or (folder_of(path) / ".metadata").is_file() or (path.parent / "latest").is_file()
 
 
 def save(
