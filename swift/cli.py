@@ -13,6 +13,7 @@ from swift.errors import ConfigError, Interrupted, SwiftError, near
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "sft": ("SftConfig", "swift.train.commands:run_training", "fine-tune a model on examples (LoRA or full)"),
     "pt": ("PtConfig", "swift.train.commands:run_training", "go on pre-training a model on plain text"),
+    "rlhf": ("RlhfConfig", "swift.train.commands:run_training", "train a model on pairs of a better and a worse answer (DPO)"),
     "infer": ("InferConfig", "swift.engine.infer:run_infer", "answer a data set, or questions in the terminal"),
     "chat": ("ChatConfig", "swift.engine.chat:run_chat", "talk to a model in the terminal"),
     "deploy": ("DeployConfig", "swift.serve.run:run_deploy", "serve a model to OpenAI clients"),

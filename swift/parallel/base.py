@@ -78,7 +78,8 @@ def accumulate(
     longest = max((int(batch.layout.document_lengths().max()) for batch in batches if batch.layout is not None), default=None)
     with contextlib.ExitStack() as root:
         with strategy.autocast():
-            root.enter_context(policy.root(root_ids.to(device) if root_ids is not None else None, longest))
+            for model in (policy, reference) if reference is not None else (policy,):
+                root.enter_context(model.root(root_ids.to(device) if root_ids is not None else None, longest))
         for batch in batches:
             with strategy.autocast():
                 loss, metrics = strategy.call(objective.loss_sum, policy, reference, batch.to(device))
