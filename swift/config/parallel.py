@@ -16,8 +16,8 @@ class ParallelConfig(Config):
 
     strategy: str | None = opt(
         None,
-        "what each process holds: all (single, ddp), a part of weights, gradients and optimizer (fsdp2), or as deepspeed or megatron has it; "
-        "by default fsdp2 with --fsdp, deepspeed with --deepspeed, else ddp where there are several processes",
+        "what each process holds: all (single, ddp), a part of weights, gradients and optimizer (fsdp2), or as deepspeed or megatron "
+        "has it; by default fsdp2 with --fsdp, deepspeed with --deepspeed, else ddp where there are several processes",
         choices=STRATEGIES,
     )
     fsdp: str | None = opt(

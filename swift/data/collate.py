@@ -15,16 +15,16 @@ IGNORED = -100
 Example = Mapping[str, Any]  # input_ids, labels, and weights or none
 
 
-def flat_batches(passes: Sequence[Sequence[Example]], *, share: bool = True) -> list[Batch]:
-    """A flat batch for each forward pass of a step; if ``share``, what all examples begin with is the root of all batches.
+def flat_batches(passes: Sequence[Sequence[Example]], *, share: bool = True, root: bool = True) -> list[Batch]:
+    """A flat batch for each forward pass of a step; if ``share`` and ``root``, what all examples begin with is the root of all batches.
 
     The largest one comes first, so that the memory it leaves is enough for each of the others.
     """
-    root = 0
-    if share and len(passes) > 1:
+    shared = 0
+    if share and root and len(passes) > 1:
         examples = [example for part in passes for example in part]
-        root = common_root([_array(example["input_ids"]) for example in examples], [_array(example["labels"]) for example in examples])
-    return sorted((flat_batch(part, share=share, root=root) for part in passes), key=lambda batch: -batch.num_computed)
+        shared = common_root([_array(example["input_ids"]) for example in examples], [_array(example["labels"]) for example in examples])
+    return sorted((flat_batch(part, share=share, root=shared) for part in passes), key=lambda batch: -batch.num_computed)
 
 
 def flat_batch(examples: Sequence[Example], *, share: bool = True, root: int = 0) -> Batch:
@@ -33,6 +33,7 @@ def flat_batch(examples: Sequence[Example], *, share: bool = True, root: int = 0
     The first ``root`` tokens, the same of all examples, are left out: they are ``root_ids``.
     """
     whole = [_array(example["input_ids"]) for example in examples]
+    num_tokens = _tokens(examples)
     flat = flatten([ids[root:] for ids in whole], share=share, root=root)
     if root:
         examples = [{name: example[name][root:] for name in ("labels", "weights") if example.get(name) is not None} for example in examples]
@@ -42,9 +43,14 @@ def flat_batch(examples: Sequence[Example], *, share: bool = True, root: int = 0
         layout=flat.layout,
         num_documents=len(examples),
         root_ids=torch.from_numpy(whole[0][:root].copy()) if root else None,
-        num_tokens=sum(map(len, whole)),
+        num_tokens=num_tokens,
         **_predictions(examples, flat.places),
     )
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    """Tokens of ``examples``; what only fills a pass has none."""
+    return sum(len(example["input_ids"]) for example in examples if not example.get("is_filler"))
 
 
 def _array(values: Any) -> np.ndarray:
@@ -76,7 +82,7 @@ def padded_batch(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(attention_mask),
         num_documents=len(examples),
-        num_tokens=sum(lengths),
+        num_tokens=_tokens(examples),
         **_predictions(examples, places),
     )
 

@@ -7,7 +7,7 @@ per-document attention are tried on the model itself before they are relied on.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,19 +24,35 @@ from swift.model.noise import tell_lengths
 
 
 class Policy:
-    """What objectives compute with. ``model`` is a transformers model, bare or inside PEFT."""
+    """What objectives compute with. ``model`` is a transformers model, bare or inside PEFT.
 
-    def __init__(self, model: Any, *, router_aux_loss_coef: float = 0.0) -> None:
+    Forward passes of a model in parts go through ``call``, which brings the weights together: those of the trials here,
+    and those of the objectives, whose caller sees to it.
+    """
+
+    def __init__(self, model: Any, *, router_aux_loss_coef: float = 0.0, call: Callable[..., Any] | None = None) -> None:
         self.model = model
+        self.call = call or _directly
         self.inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder = self.inner.base_model
         self.router_aux_loss_coef = router_aux_loss_coef
         self._output_type: Any = None
         self._root: Root | None = None
-        self.has_own_head = self.decoder is not self.inner and self._head_is_separable()
-        self.head: Head | Tensor = _same
-        if self.has_own_head:
-            self.head = self.inner.get_output_embeddings().weight if self._head_is_product() else self._head
+        self.has_own_head = self.decoder is not self.inner and self.call(self._head_is_separable)
+        self._is_product = self.has_own_head and self.call(self._head_is_product)
+        self.packed_head: Head | None = None  # what an engine that packs the weights has put in its place
+
+    @property
+    def head(self) -> Head | Tensor:
+        """What makes logits of hidden states: a weight (V, D), or a function."""
+        if self.packed_head is not None:
+            return self.packed_head
+        if not self.has_own_head:
+            return _same
+        if not self._is_product:
+            return self._head
+        weight: Tensor = self.inner.get_output_embeddings().weight
+        return weight
 
     def cross_entropy(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sum of weight times -log p(target), number of right predictions), float32 scalars.
@@ -281,6 +297,10 @@ def is_close(found: Tensor, wanted: Tensor, *, exactly: bool = False) -> bool:
         tolerance = 1e-6 if wanted.dtype == torch.float32 else 1e-2
     found, wanted = found.float(), wanted.float()
     return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max().clamp_min(1e-6))
+
+
+def _directly(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def _same(logits: Tensor) -> Tensor:

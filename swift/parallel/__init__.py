@@ -2,4 +2,12 @@
 
 from swift.registry import Registry
 
-STRATEGIES = Registry("strategy", {"single": "swift.parallel.single:Single"}, group="swift.strategy")
+STRATEGIES = Registry(
+    "strategy",
+    {
+        "single": "swift.parallel.single:Single",
+        "ddp": "swift.parallel.spread:Spread",
+        "fsdp2": "swift.parallel.spread:Spread",
+    },
+    group="swift.strategy",
+)

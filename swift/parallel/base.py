@@ -16,6 +16,9 @@ from swift.objectives.base import Objective
 class Strategy(Protocol):
     """How gradients are computed and applied. The loop knows nothing else of precision, devices or processes."""
 
+    shards: bool
+    """Whether a process holds parts of the weights only, so that they must be gathered to be saved or read by other code."""
+
     def prepare(self, model: Any, make_optimizer: Callable[[Any], Optimizer]) -> tuple[Any, Optimizer]:
         """The model and optimizer that the loop works with."""
 

@@ -10,17 +10,21 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from swift.errors import CheckpointError, TrainingError
+from swift.errors import TrainingError
 from swift.files import save_torch
 from swift.model.batch import Batch
 from swift.objectives.base import Objective
+from swift.parallel import state
 from swift.parallel.base import Sums, accumulate
+from swift.parallel.world import World
 
 SMALLEST_SCALE = 2.0**-14
 
 
 class Single:
     """The strategy for one process on one device."""
+
+    shards = False
 
     def __init__(self, device: torch.device, *, autocast_dtype: torch.dtype | None = None) -> None:
         self.device = device
@@ -71,9 +75,4 @@ class Single:
         save_torch(path, {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()})
 
     def load(self, path: Path) -> None:
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-        except (OSError, KeyError, ValueError, RuntimeError) as problem:
-            raise CheckpointError(f"{path}: the optimizer state cannot be read: {str(problem).splitlines()[0]}") from None
+        state.load(path, self.model, self.optimizer, World(), self.device, scale=self.scaler if self.scaler.is_enabled() else None)

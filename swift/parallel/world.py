@@ -50,6 +50,10 @@ class World:
         dist.all_gather_object(found, value)
         return found
 
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether ``flag`` is true in some process; the same answer in all of them."""
+        return flag if self.is_alone else add([float(flag)], device)[0] > 0
+
     def barrier(self) -> None:
         """Return when every process has come here."""
         if not self.is_alone:
@@ -69,8 +73,7 @@ class World:
                 raise
             self.broadcast(None)
             return
-        problem = self.broadcast(None)
-        if problem is not None:
+        if self.broadcast(None) is not None:
             raise SystemExit(1)  # rank 0 says what happened
         yield
 

@@ -20,8 +20,8 @@ from swift.train.compile import check_backend
 from swift.train.liger import check_device, use_liger_kernels
 
 
-def load_for_training(config: SftConfig | ModelOptions, path: Path) -> Loaded:
-    """The model with gradient checkpointing, quantization and noise as ``config`` says.
+def load_for_training(config: SftConfig | ModelOptions, path: Path, *, device: str | None = None) -> Loaded:
+    """The model with gradient checkpointing, quantization and noise as ``config`` says; on ``device`` if it is another than --device.
 
     Weights that are trained themselves are float32 when the step computes in float16: their updates are too small for it.
     """
@@ -44,7 +44,7 @@ def load_for_training(config: SftConfig | ModelOptions, path: Path) -> Loaded:
         path,
         torch_dtype=torch_dtype,
         attn_impl=config.attn_impl,
-        device=config.device,
+        device=device or config.device,
         quantization=quantization(config),
         chat_template=read_template(config.chat_template),
     )

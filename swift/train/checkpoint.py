@@ -1,6 +1,8 @@
 """Checkpoints: written whole or not at all, loaded by peft and transformers, enough to resume bit for bit."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ from swift import audit
 from swift.errors import CheckpointError
 from swift.files import explain_os_errors, new_folder, save_torch, sha256_file, write_json
 from swift.model.checkpoints import ARGS_FILE
+from swift.parallel import state as states
 from swift.parallel.base import Strategy
+from swift.parallel.world import World
 from swift.train.rundir import STATE_FILE, RunDirectory
 from swift.train.state import TrainState, read_state
 from swift.tuner.base import Tuner
@@ -31,36 +35,71 @@ def save_checkpoint(
     args: dict[str, Any],
     max_shard_size: str,
     only_model: bool,
+    world: World,
 ) -> Path:
-    """Write checkpoint-STEP and record its digest in the audit; an existing one of that step is kept."""
+    """Write checkpoint-STEP and record its digest in the audit; an existing one of that step is kept.
+
+    Every process comes here; the main one writes all but its parts of the optimizer's state.
+    """
     path = run / f"checkpoint-{state.global_step}"
-    if path.exists():
+    if world.broadcast(path.exists()):
         return path
-    with new_folder(path) as folder:
-        tuner.save(model, folder, max_shard_size=max_shard_size)
-        if not (folder / "adapter_config.json").exists():
-            tokenizer.save_pretrained(folder)
+    with new_folder(path) if world.is_main else contextlib.nullcontext() as mine:
+        folder = world.broadcast(mine)
+        if strategy.shards:
+            _save_whole(model, strategy, tuner, folder, max_shard_size, writes=world.is_main)
+        elif world.is_main:
+            tuner.save(model, folder, max_shard_size=max_shard_size)
         if not only_model:
             strategy.save(folder / OPTIMIZER_FILE)
-            save_torch(folder / SCHEDULE_FILE, schedule.state_dict())
-        write_json(folder / STATE_FILE, state.to_json())
-        write_json(folder / ARGS_FILE, args)
+        if world.is_main:
+            if not (folder / "adapter_config.json").exists():
+                tokenizer.save_pretrained(folder)
+            if not only_model:
+                save_torch(folder / SCHEDULE_FILE, schedule.state_dict())
+            write_json(folder / STATE_FILE, state.to_json())
+            write_json(folder / ARGS_FILE, args)
+        world.barrier()
+    world.barrier()  # the folder has its name now
+    if not world.is_main:
+        return path
     weights = {file.name: sha256_file(file) for file in sorted(path.glob("*.safetensors"))}
     audit.append(run / "audit.jsonl", "checkpoint", {"checkpoint": path.name, "sha256": weights})
     return path
 
 
-def load_checkpoint(path: Path, *, model: Any, tuner: Tuner, strategy: Strategy, schedule: Any) -> TrainState:
-    """Put the state of ``path`` into model, optimizer and schedule; CheckpointError if it cannot be resumed."""
-    if not (path / OPTIMIZER_FILE).is_file():
+def _save_whole(model: Any, strategy: Strategy, tuner: Tuner, folder: Path, max_shard_size: str, *, writes: bool) -> None:
+    """What ``tuner`` saves of a model whose tensors are in parts: gathered one by one, in the main process."""
+    kept = tuner.kept(model)
+    state = strategy.whole(model, only=None if kept is None else kept.__contains__)
+    if writes:
+        with _seen_whole(model, state):
+            tuner.save(model, folder, max_shard_size=max_shard_size)
+
+
+@contextlib.contextmanager
+def _seen_whole(model: Any, state: dict[str, Any]) -> Iterator[None]:
+    """Within, ``model.state_dict()`` is ``state``: what transformers and peft write is what they read there."""
+    model.state_dict = lambda *_, **__: state
+    try:
+        yield
+    finally:
+        del model.state_dict  # the class's own is seen again
+
+
+def check_resumable(path: Path) -> TrainState:
+    """The state in ``path``; CheckpointError if training cannot go on from it."""
+    if not states.exists(path / OPTIMIZER_FILE):
         raise CheckpointError(
             f"{path} holds no optimizer state: it was saved with --save_only_model", hint="--resume_only_model true takes its weights"
         )
-    state = read_state(path / STATE_FILE)
-    tuner.load(model, path)
+    return read_state(path / STATE_FILE)
+
+
+def load_optimizer(path: Path, *, strategy: Strategy, schedule: Any) -> None:
+    """Put the state of ``path`` into optimizer and schedule; the model has its weights before it is spread."""
     strategy.load(path / OPTIMIZER_FILE)
     schedule.load_state_dict(torch.load(path / SCHEDULE_FILE, weights_only=True))
-    return state
 
 
 def prune(run: RunDirectory, keep: int, *, best_step: int | None) -> None:

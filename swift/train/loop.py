@@ -86,9 +86,9 @@ def evaluate(
     return result
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Random numbers (dropout, noise) as a function of seed and step: a resumed step draws what it would have drawn."""
-    torch.manual_seed(seed * 1_000_003 + step)
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Random numbers (dropout, noise) as a function of seed, step and process: a resumed step draws what it would have drawn."""
+    torch.manual_seed((seed + 7_368_787 * rank) * 1_000_003 + step)
 
 
 def ahead(steps: Iterator[T], depth: int) -> Iterator[T]:

@@ -1,6 +1,5 @@
 """Before the model loads: data read, checked and tokenized, open options filled, and what will happen told."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from swift.model.load import context_length
 from swift.model.template import read_system, read_template
 from swift.model.tokenizer import load_tokenizer
 from swift.train.optim import warmup_steps
+from swift.train.state import TrainState
 from swift.train.steps import Steps
 
 ROWS_PER_STEP = 16
@@ -166,10 +166,12 @@ def objective_of(config: SftConfig) -> str:
     return "pt" if isinstance(config, PtConfig) else "sft"
 
 
-def fill_open_options(config: SftConfig, snapshot: Snapshot, data: Data | None = None, *, metrics: Sequence[str] = ()) -> None:
+def fill_open_options(
+    config: SftConfig, snapshot: Snapshot, data: Data | None = None, *, metrics: Sequence[str] = (), readers: int = 1
+) -> None:
     """Give every option that was left open its value, and remember why. With ``data``, those that depend on it too.
 
-    ``metrics`` are those of the tasks that are evaluated.
+    ``metrics`` are those of the tasks that are evaluated; ``readers`` the processes that see different rows.
     """
     if config.max_length is None and (length := context_length(snapshot.path)):
         config.derive("max_length", length, "the model's context length")
@@ -177,7 +179,7 @@ def fill_open_options(config: SftConfig, snapshot: Snapshot, data: Data | None =
         rate = 1e-5 if config.tuner_type == "full" else 1e-4
         config.derive("learning_rate", rate, f"tuner_type {config.tuner_type}")
     if config.gradient_accumulation_steps is None:
-        steps = max(1, -(-ROWS_PER_STEP // config.per_device_train_batch_size))
+        steps = max(1, -(-ROWS_PER_STEP // (config.per_device_train_batch_size * readers)))
         config.derive("gradient_accumulation_steps", steps, f"{ROWS_PER_STEP} rows a step")
     if config.output_dir is None:
         config.derive("output_dir", str(Path("output") / snapshot_name(config, snapshot)), "the model's name")
@@ -277,6 +279,7 @@ def rows_read(stream: Stream) -> list[tuple[str, str]]:
 def _units_text(config: SftConfig, data: Data, steps: Steps) -> str:
     cutting = steps.cutting
     text = f"{cutting.units_per_step} a step = batch {cutting.rows_per_batch} x accumulation {config.gradient_accumulation_steps}"
+    text += f" x {cutting.readers} processes" if cutting.readers > 1 else ""
     if not config.packing:
         return text
     number = "" if data.stream or steps.packs is None else f"{len(steps.packs):,}, "
@@ -303,8 +306,11 @@ def advise(config: SftConfig, data: Data) -> None:
         console.warn(f"{len(data.rejected)} rows are rejected and kept in rejected.jsonl; the first: {first.source}: {first.reason}")
 
 
-def refuse_several_processes() -> None:
-    """ConfigError when a launcher started more than one process: training is on one device so far."""
-    for name in ("WORLD_SIZE", "NPROC_PER_NODE"):
-        if os.environ.get(name, "1") not in ("", "1"):
-            raise ConfigError(f"{name}={os.environ[name]}: training on several devices is not built yet", hint=f"unset {name}")
+def rows_of_a_step(config: SftConfig, saved: TrainState | None, readers: int) -> int | None:
+    """Rows of a step, of all readers, when the run that was ``saved`` goes on among another number of them: as many as before."""
+    if saved is None or saved.units_per_step is None or saved.readers == readers:
+        return None
+    assert config.gradient_accumulation_steps is not None
+    if config.per_device_train_batch_size * config.gradient_accumulation_steps * readers != saved.units_per_step:
+        console.notice(f"the run goes on in {readers} processes, not {saved.readers}: a step keeps its {saved.units_per_step} rows")
+    return saved.units_per_step

@@ -23,7 +23,7 @@ def decode(policy: Policy, length: int, *, is_flat: bool) -> Tensor:
         inputs |= {"position_ids": layout.position_ids().to(ids.device), **packed_inputs(layout, ids.device)}
     else:
         inputs["attention_mask"] = torch.ones_like(ids).index_fill_(1, torch.tensor([length - 1], device=ids.device), 0)
-    output = policy.decoder(**inputs) if policy.has_own_head else policy.inner(**inputs)
+    output = policy.call(lambda: policy.decoder(**inputs) if policy.has_own_head else policy.inner(**inputs))
     hidden: Tensor = output.last_hidden_state if policy.has_own_head else output.logits
     return hidden
 

@@ -21,16 +21,19 @@ from swift.evaluate.live import LiveEvaluation
 from swift.files import write_json
 from swift.model.batch import Batch
 from swift.model.checkpoints import adapter_folder, model_reference
+from swift.model.device import choose_device
 from swift.model.load import Loaded
 from swift.model.norms import use_lean_norms
 from swift.model.policy import Policy, probe_ids
 from swift.model.tokenizer import pad_token_id
 from swift.objectives import OBJECTIVES
-from swift.parallel import STRATEGIES
+from swift.parallel.choose import Arrangement, arrange, make_strategy
+from swift.parallel.world import World, join
 from swift.train import checkpoint as checkpoints
 from swift.train import report
 from swift.train.activations import choose_checkpointing
 from swift.train.build import autocast_dtype, choose_flat, load_for_training
+from swift.train.checkpoint import check_resumable, load_optimizer
 from swift.train.compile import compile_blocks
 from swift.train.loop import StepResult, StopRequest, add_to_window, ahead, close_window, evaluate, seed_step, train_step
 from swift.train.memory import peak_memory_gib
@@ -42,12 +45,12 @@ from swift.train.prepare import (
     objective_of,
     plan_rows,
     prepare_data,
-    refuse_several_processes,
+    rows_of_a_step,
 )
 from swift.train.record import describe, say_farewell, what_to_resume
 from swift.train.rundir import RunDirectory, new_run_path
 from swift.train.state import TrainResult, TrainState
-from swift.train.steps import Place, Step, Steps, cut_by_tokens, plan_steps
+from swift.train.steps import Place, Step, Steps, passes_of, plan_steps
 from swift.train.tasks import LOWER_IS_BETTER, evaluate_tasks, read_tasks, task_text
 from swift.train.trackers import Trackers
 from swift.tuner import TUNERS
@@ -58,27 +61,38 @@ from swift.tuner.fused import Fused, fuse
 
 def train(config: SftConfig) -> TrainResult | None:
     """Run what ``config`` says; None after a dry run. Raises InputError before anything is written, if it can."""
-    refuse_several_processes()
+    with join(choose_device(config.device), backend=config.ddp_backend, timeout_s=config.ddp_timeout) as world:
+        return _train(config, world)
+
+
+def _train(config: SftConfig, world: World) -> TrainResult | None:
+    arrangement = arrange(config, world)
+    if arrangement.is_sharded and config.gradient_checkpointing is None:
+        config.derive("gradient_checkpointing", choose_device(config.device).type != "cpu", f"--strategy {arrangement.strategy}")
     resume_run, resume_from = what_to_resume(config)
-    snapshot = hub.resolve(
-        model_reference(config.model or ""), config.model_revision, use_hf=config.use_hf, token=config.hub_token, offline=config.offline
-    )
-    fill_open_options(config, snapshot)
-    data = prepare_data(config, snapshot)
+    saved = check_resumable(resume_from) if resume_from is not None and not config.resume_only_model else None
+    with world.main_first():
+        snapshot = hub.resolve(
+            model_reference(config.model or ""), config.model_revision, use_hf=config.use_hf, token=config.hub_token, offline=config.offline
+        )
+    fill_open_options(config, snapshot, readers=arrangement.readers)
+    with world.main_first():
+        data = prepare_data(config, snapshot)
     tasks = read_tasks(config, snapshot, data.tokenizer)
-    fill_open_options(config, snapshot, data, metrics=tasks.metrics if tasks else ())
-    steps = plan_steps(config, data.rows)
+    fill_open_options(config, snapshot, data, metrics=tasks.metrics if tasks else (), readers=arrangement.readers)
+    steps = plan_steps(config, data.rows, readers=arrangement.readers, units_per_step=rows_of_a_step(config, saved, arrangement.readers))
     advise(config, data)
     plan = plan_rows(config, snapshot, data, steps, [task_text(task) for task in tasks.tasks] if tasks else ())
-    console.table(("what", "plan"), plan)
+    console.table(("what", "plan"), [*plan, *([("processes", f"{world.size}: {arrangement}")] if not world.is_alone else [])])
     if config.dry_run:
         return None
     path = resume_run or new_run_path(Path(config.output_dir or "output"), add_version=config.add_version)
-    with RunDirectory(path) as run:
-        describe(run, config, snapshot, data, is_resumed=resume_run is not None)
-        loaded = load_for_training(config, snapshot.path)
-        session = Session(config, run, data, steps, loaded, tasks)
-        result = session.run_to_end(resume_from)
+    with RunDirectory(world.broadcast(path), owns=world.is_main) as run:
+        if world.is_main:
+            describe(run, config, snapshot, data, is_resumed=resume_run is not None)
+        loaded = load_for_training(config, snapshot.path, device="cpu" if arrangement.is_sharded else config.device)
+        session = Session(config, run, data, steps, loaded, tasks, world=world, arrangement=arrangement, resume_from=resume_from)
+        result = session.run_to_end()
     say_farewell(config, result)
     return result
 
@@ -87,15 +101,26 @@ class Session:
     """One process's part of a run: the things that the loop works with, and the order of a step."""
 
     def __init__(
-        self, config: SftConfig, run: RunDirectory, data: Data, steps: Steps, loaded: Loaded, tasks: LiveEvaluation | None = None
+        self,
+        config: SftConfig,
+        run: RunDirectory,
+        data: Data,
+        steps: Steps,
+        loaded: Loaded,
+        tasks: LiveEvaluation | None = None,
+        *,
+        world: World,
+        arrangement: Arrangement,
+        resume_from: Path | None = None,
     ) -> None:
-        self.config, self.run, self.data, self.steps, self.device = config, run, data, steps, loaded.device
+        self.config, self.run, self.data, self.steps, self.device = config, run, data, steps, choose_device(config.device)
+        self.world = world
         self.tokenizer, self.loaded, self.tasks = loaded.tokenizer, loaded, tasks
         self.objective = OBJECTIVES.get("sft")()
         self.tuner = TUNERS.get(config.tuner_type)()
         self.before: list[str] | None = None
         self.is_new_best = False
-        if config.report_samples and config.changes_base:
+        if config.report_samples and config.changes_base and world.is_main:
             self.before = report.answers(loaded.model, self.tokenizer, data, config)
         self.is_flat = choose_flat(config, loaded.model)
         if not config.torch_compile:
@@ -104,30 +129,33 @@ class Session:
         model = self.tuner.apply(loaded.model, config, total_steps=steps.total)
         if config.adapters:
             load_adapter_weights(model, adapter_folder(config.adapters[0]))
-        self.strategy = STRATEGIES.get("single")(self.device, autocast_dtype=autocast_dtype(config, loaded.dtype))
+        if resume_from is not None:
+            self.tuner.load(model, resume_from)
+        self.strategy = make_strategy(config, arrangement, world, self.device, autocast_dtype(config, loaded.dtype))
         optimizer = functools.partial(make_optimizer, config=config, lorap_lr_ratio=config.lorap_lr_ratio)
         self.model, self.optimizer = self.strategy.prepare(model, optimizer)
-        self.policy = Policy(self.model, router_aux_loss_coef=config.router_aux_loss_coef)
+        self.policy = Policy(self.model, router_aux_loss_coef=config.router_aux_loss_coef, call=self.strategy.call)
         self.schedule = make_schedule(self.optimizer, config, steps.total)
         self.state = TrainState(max_steps=steps.total)
+        self.reader, self.is_split = arrangement.reader(world.rank), self.strategy.shards
         self.tuner.attach(self.model, self.optimizer, lambda: self.state.global_step)
-        self.fused = fuse(self.model, probe_ids(loaded.model, 8)) if config.tuner_type == "lora" else Fused()
+        self.fused = fuse(self.model, probe_ids(loaded.model, 8)) if config.tuner_type == "lora" and not self.is_split else Fused()
         self.optimizer.register_step_post_hook(lambda *_: self.fused.changed())
         self.checkpointing = choose_checkpointing(config, self.policy, steps, self.optimizer, self.strategy, is_flat=self.is_flat)
         if config.torch_compile:
             compile_blocks(self.policy, config, is_flat=self.is_flat)
         trainable, total = parameter_counts(self.model)
+        if resume_from is not None:
+            self._resume(resume_from)
         console.say(
             f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}) in {_name(loaded.dtype)} "
             f"({loaded.dtype_reason}) on {self.device}; run directory {run.path}"
         )
 
-    def run_to_end(self, resume_from: Path | None) -> TrainResult:
-        """Train from the beginning or from ``resume_from``, save, report. Raises Interrupted after a stop was asked for."""
-        if resume_from is not None:
-            self._resume(resume_from)
+    def run_to_end(self) -> TrainResult:
+        """Train from where the run is, save, report. Raises Interrupted after a stop was asked for."""
         config, state = self.config, self.state
-        if self.data.stream is not None:
+        if self.data.stream is not None and self.world.is_main:
             keep_rejected(self.run / "rejected.jsonl", len(self.data.rejected) + state.rejected)
         self.trackers = Trackers(
             self.run.path,
@@ -138,6 +166,7 @@ class Session:
             total=self.steps.total,
             plain=config.disable_tqdm,
             shown=[f"eval_{name}" for name in self.tasks.metrics] if self.tasks else (),
+            writes=self.world.is_main,
         )
         with contextlib.closing(self.trackers), StopRequest(self._on_stop) as stop:
             if config.eval_on_start and state.global_step == 0:
@@ -149,7 +178,7 @@ class Session:
                 for step, batches in ready if not self._is_out_of_patience() else ():
                     self._step(step, batches)
                     is_last = state.global_step == self.steps.total or self._is_out_of_patience()
-                    if stop.is_set and not is_last:
+                    if self.world.any(stop.is_set, self.device) and not is_last:
                         self._leave_early()
                     if is_last:
                         break
@@ -161,7 +190,7 @@ class Session:
     def _step(self, step: Step, batches: list[Batch]) -> None:
         """One optimizer step and what is due after it: log, evaluation, checkpoint."""
         config, state, begin = self.config, self.state, time.monotonic()
-        seed_step(config.seed, state.global_step)
+        seed_step(config.seed, state.global_step, self.world.rank)
         try:
             result = train_step(
                 self.policy,
@@ -178,7 +207,7 @@ class Session:
         state.global_step += 1
         if self.data.stream is not None:
             state.place = asdict(step.after)
-            state.rejected += append_rejected(self.run / "rejected.jsonl", step.rejected)
+            state.rejected += append_rejected(self.run / "rejected.jsonl", step.rejected) if self.world.is_main else len(step.rejected)
         state.epoch = self.steps.epoch_at(state.global_step)
         state.train_seconds += time.monotonic() - begin
         add_to_window(state, result)
@@ -208,7 +237,8 @@ class Session:
             parts = (batch for examples in self._evaluation_passes(self.data.validation) for batch in self._collate([examples]))
             values = evaluate(self.policy, parts, objective=self.objective, strategy=self.strategy, device=self.device)
         if self.tasks is not None:
-            values |= evaluate_tasks(self.tasks, self.loaded, self.model, is_compiled=self.config.torch_compile)
+            own = evaluate_tasks(self.tasks, self.loaded, self.model, is_compiled=self.config.torch_compile) if self.world.is_main else {}
+            values |= self.world.broadcast(own)
         self.state.log_history.append(self.trackers.log(self.state.global_step, self.state.epoch, values))
         if self.state.global_step == 0:
             return  # what came before training is no result of it
@@ -242,7 +272,10 @@ class Session:
             args=to_dict(config),
             max_shard_size=config.max_shard_size,
             only_model=config.save_only_model,
+            world=self.world,
         )
+        if not self.world.is_main:
+            return path
         if config.save_total_limit is not None:
             checkpoints.prune(self.run, config.save_total_limit, best_step=self.state.best_step)
         if config.create_checkpoint_symlink:
@@ -254,10 +287,10 @@ class Session:
 
     def _resume(self, path: Path) -> None:
         if self.config.resume_only_model:
-            self.tuner.load(self.model, path)
             console.say(f"weights taken from {path}, starting at step 0")
             return
-        self.state = checkpoints.load_checkpoint(path, model=self.model, tuner=self.tuner, strategy=self.strategy, schedule=self.schedule)
+        self.state = check_resumable(path)
+        load_optimizer(path, strategy=self.strategy, schedule=self.schedule)
         if self.state.max_steps != self.steps.total:
             console.warn(
                 f"the run is now {self.steps.total} steps long, not {self.state.max_steps}: the learning rate follows the new length"
@@ -268,37 +301,35 @@ class Session:
     def _ready_steps(self) -> Iterator[tuple[Step, list[Batch]]]:
         """The steps that are left, each with its batches, prepared ahead."""
         start = Place(**self.state.place) if self.state.place else self.steps.place_at(self.state.global_step)
-        steps = self.steps.iterate(Place() if self.config.ignore_data_skip else start, is_flat=self.is_flat)
+        steps = self.steps.iterate(Place() if self.config.ignore_data_skip else start, is_flat=self.is_flat, reader=self.reader)
         left = itertools.islice(steps, self.steps.total - self.state.global_step)
         return ahead(((step, self._collate(step.passes)) for step in left), self.config.dataloader_num_workers)
 
     def _collate(self, passes: Sequence[list[Any]]) -> list[Batch]:
         """The batches of a step's forward passes."""
         if self.is_flat:
-            return flat_batches(passes, share=self.config.share_prefixes)
+            return flat_batches(passes, share=self.config.share_prefixes, root=not self.is_split)
         pad, side = pad_token_id(self.tokenizer), self.config.padding_side
         return [padded_batch(examples, pad_token_id=pad, padding_side=side) for examples in passes]
 
     def _evaluation_passes(self, validation: Any) -> Iterator[list[Any]]:
-        """All validation rows, in forward passes."""
-        rows, cutting = list(range(len(validation))), replace(self.steps.cutting, rows_per_batch=self.config.per_device_eval_batch_size)
-        size = cutting.rows_per_batch
-        passes = (
-            cut_by_tokens(rows, validation.lengths, cutting.tokens(int(validation.lengths.max())))
-            if self.is_flat
-            else [rows[at : at + size] for at in range(0, len(rows), size)]
-        )
-        return ([validation[row] for row in part] for part in passes)
+        """The validation rows of this reader, in forward passes; all readers have equally many."""
+        cutting = replace(self.steps.cutting, rows_per_batch=self.config.per_device_eval_batch_size, packing_length=None)
+        shares = cutting.shares(list(range(len(validation))), None, validation.lengths, is_flat=self.is_flat)
+        return (examples for examples in passes_of(validation, shares, self.reader))
 
     def _take_best(self, saved: Path | None) -> Path | None:
         """With --load_best_model_at_end: the best checkpoint's weights are put back, and it is the result."""
         best = self.run / f"checkpoint-{self.state.best_step}"
         if not self.config.load_best_model_at_end or not best.exists():
             return saved
-        self.tuner.load(self.model, best)
+        if not self.is_split:
+            self.tuner.load(self.model, best)
         return best
 
     def _finish(self, saved: Path | None) -> None:
+        if not self.world.is_main:
+            return
         planned = {"memory": self.checkpointing.facts()} if self.checkpointing else {}
         report.write(
             self.run.path,
@@ -344,7 +375,8 @@ class Session:
         for example in itertools.chain.from_iterable(step.passes):
             ids, labels = ([int(value) for value in example[name]] for name in ("input_ids", "labels"))
             rows.append({"input_ids": ids, "labels": labels, "text": self.tokenizer.decode(ids)})
-        write_json(path, {"step": at, "problem": problem.message, "rows": rows})
+        if self.world.is_main:
+            write_json(path, {"step": at, "problem": problem.message, "rows": rows})
         return TrainingError(
             f"step {at}: {problem.message}; its rows are in {path}",
             hint="lower --learning_rate, look at the rows, or train in bf16 or float32",

@@ -15,13 +15,19 @@ STATE_FILE = "trainer_state.json"
 
 
 class RunDirectory:
-    """A directory that one run owns while it goes on. Use as a context manager: it is locked inside the block."""
+    """A directory that one run owns while it goes on. Use as a context manager: it is locked inside the block.
 
-    def __init__(self, path: Path) -> None:
+    One of the run's processes ``owns`` it; the others know where it is.
+    """
+
+    def __init__(self, path: Path, *, owns: bool = True) -> None:
         self.path = path
+        self.owns = owns
         self._lock: Any = None
 
     def __enter__(self) -> "RunDirectory":
+        if not self.owns:
+            return self
         with explain_os_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a+")
@@ -37,7 +43,8 @@ class RunDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

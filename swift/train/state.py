@@ -22,6 +22,8 @@ class TrainState:
     computed_tokens: int = 0
     supervised_tokens: int = 0
     train_seconds: float = 0.0
+    readers: int = 1  # processes that see different rows
+    units_per_step: int | None = None  # rows or packs of a step, of all readers
     place: dict[str, Any] | None = None  # in a stream; else it follows from global_step
     rejected: int = 0  # rows of a stream that were not trained on so far
     window_loss: float = 0.0  # loss and metrics since the last logged line, as sums

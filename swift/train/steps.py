@@ -5,11 +5,13 @@ after the other; where the next one begins is kept in the checkpoint.
 """
 
 import functools
+import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from swift.config.commands import SftConfig
@@ -39,7 +41,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Step:
-    """The examples of each forward pass, and where the run is after them."""
+    """The examples of each forward pass of one reader, and where the run is after them."""
 
     passes: list[list[Example]]
     after: Place
@@ -50,8 +52,9 @@ class Step:
 class Cutting:
     """How rows become steps and forward passes.
 
-    A step has ``units_per_step`` rows or packs. How it is cut into forward passes does not change its loss: with padding
-    they are ``rows_per_batch`` rows; without, as many as ``capacity`` tokens hold.
+    A step has ``units_per_step`` rows or packs, dealt to ``readers``: processes that see different rows. How it is dealt and
+    cut into forward passes does not change its loss: with padding they are ``rows_per_batch`` rows; without, as many as
+    ``capacity`` tokens hold.
     """
 
     units_per_step: int
@@ -64,6 +67,7 @@ class Cutting:
     packing_strategy: str = "binpack"
     share: bool = True
     is_cpu: bool = True
+    readers: int = 1
 
     def packs(self, rows: Any) -> list[list[int]] | None:
         """The packs of ``rows`` that are the units of its steps; None if single rows are."""
@@ -83,6 +87,15 @@ class Cutting:
             lengths=rows.lengths,
             group_by_length=self.group_by_length,
         )
+
+    def shares(self, units: list[int], packs: Sequence[Sequence[int]] | None, lengths: Lengths, *, is_flat: bool) -> list[list[list[int]]]:
+        """The forward passes of a step, of each reader. Readers may have unequal numbers of them, and none at all."""
+        if self.readers == 1:
+            return [self.passes(units, packs, lengths, is_flat=is_flat)]
+        costs = [int(lengths[unit]) if packs is None else sum(int(lengths[row]) for row in packs[unit]) for unit in units]
+        most = len(units) if is_flat and packs is None else -(-len(units) // self.readers)
+        dealt = deal(costs, self.readers, most)
+        return [self.passes([units[at] for at in own], packs, lengths, is_flat=is_flat) if own else [] for own in dealt]
 
     def passes(self, units: list[int], packs: Sequence[Sequence[int]] | None, lengths: Lengths, *, is_flat: bool) -> list[list[int]]:
         """The rows of each forward pass of a step."""
@@ -145,8 +158,8 @@ class Steps:
         """The place after ``step`` steps of rows that are all known."""
         return Place(*divmod(step, self.per_epoch)) if self.per_epoch else Place()
 
-    def iterate(self, start: Place, *, is_flat: bool) -> Iterator[Step]:
-        """The steps from ``start`` on, without end."""
+    def iterate(self, start: Place, *, is_flat: bool, reader: int = 0) -> Iterator[Step]:
+        """The steps from ``start`` on, without end, as ``reader`` sees them; all readers have equally many passes of a step."""
         number, done = start.block, start.step
         if isinstance(self.rows, Stream) and start.position is not None:
             self.rows.seek(number, start.position)
@@ -154,11 +167,12 @@ class Steps:
             rows, packs, position = self._block(number)
             order = self.cutting.order(rows, packs, number)
             for index in range(done, len(order)):
-                passes = self.cutting.passes(order[index], packs, rows.lengths, is_flat=is_flat)
+                shares = self.cutting.shares(order[index], packs, rows.lengths, is_flat=is_flat)
+                passes = list(passes_of(rows, shares, reader))
                 is_last = index + 1 == len(order)
                 after = Place(number + 1, 0, self._position(number + 1)) if is_last else Place(number, index + 1, position)
                 news = rows.rejected if index == 0 and isinstance(self.rows, Stream) else ()
-                yield Step([[rows[row] for row in part] for part in passes], after, news)
+                yield Step(passes, after, news)
             number, done = number + 1, 0
 
     def _block(self, number: int) -> tuple[Encoded | Block, list[list[int]] | None, dict[str, Any] | None]:
@@ -173,15 +187,15 @@ class Steps:
         return self.rows.position(number) if isinstance(self.rows, Stream) else None
 
 
-def plan_steps(config: SftConfig, rows: Encoded | Stream) -> Steps:
-    """The steps that ``config`` asks for."""
+def plan_steps(config: SftConfig, rows: Encoded | Stream, *, readers: int = 1, units_per_step: int | None = None) -> Steps:
+    """The steps that ``config`` asks for, of ``readers``; ``units_per_step`` are those of the run that goes on."""
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     assert accumulation is not None
     packing_length = None
     if config.packing:
         packing_length = config.packing_length or config.max_length or int(rows.lengths.max())  # type: ignore[union-attr]
     cutting = Cutting(
-        units_per_step=batch * accumulation,
+        units_per_step=units_per_step or batch * accumulation * readers,
         rows_per_batch=batch,
         capacity=config.max_tokens_per_batch,
         seed=config.data_seed,
@@ -191,12 +205,42 @@ def plan_steps(config: SftConfig, rows: Encoded | Stream) -> Steps:
         packing_strategy=config.packing_strategy,
         share=config.share_prefixes,
         is_cpu=choose_device(config.device).type == "cpu",
+        readers=readers,
     )
     if config.max_steps > 0:
         return Steps(rows, cutting, config.max_steps)
     per_epoch = Steps(rows, cutting, 0).per_epoch
     assert per_epoch is not None
     return Steps(rows, cutting, math.ceil(config.num_train_epochs * per_epoch))
+
+
+def deal(costs: Sequence[int], readers: int, most: int) -> list[list[int]]:
+    """Indices of ``costs``, each to the reader that has least so far, the costliest first; at most ``most`` to each.
+
+    No reader has more than 4/3 of the least possible maximum (Graham 1969), where ``most`` does not interfere.
+    """
+    dealt: list[list[int]] = [[] for _ in range(readers)]
+    free = [(0, reader) for reader in range(readers)]
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        cost, reader = heapq.heappop(free)
+        dealt[reader].append(index)
+        if len(dealt[reader]) < most:
+            heapq.heappush(free, (cost + costs[index], reader))
+    return [sorted(own) for own in dealt]
+
+
+def passes_of(rows: Any, shares: list[list[list[int]]], reader: int) -> Iterator[list[Example]]:
+    """The examples of each pass of ``reader``, with as many passes more as another reader has at most: the shortest row, which fills."""
+    for part in shares[reader]:
+        yield [rows[row] for row in part]
+    if missing := max(map(len, shares)) - len(shares[reader]):
+        shortest = min((row for share in shares for part in share for row in part), key=lambda row: (int(rows.lengths[row]), row))
+        yield from [[filler(rows[shortest])]] * missing
+
+
+def filler(example: Example) -> Example:
+    """``example`` with predictions of weight 0: what a process computes that must take part and has no rows left."""
+    return {**example, "weights": np.zeros(len(example["labels"]), np.float32), "is_filler": True}
 
 
 def cut_by_tokens(rows: Sequence[int], lengths: Lengths, capacity: int) -> list[list[int]]:

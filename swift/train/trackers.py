@@ -25,7 +25,7 @@ SHOWN = {
 class Trackers:
     """Writes each logged line everywhere. ``start`` is the step a resumed run starts at: later lines are cut off.
 
-    ``shown`` are names that the screen shows beside the usual ones.
+    ``shown`` are names that the screen shows beside the usual ones. One of several processes ``writes``.
     """
 
     def __init__(
@@ -39,19 +39,21 @@ class Trackers:
         total: int,
         plain: bool,
         shown: Sequence[str] = (),
+        writes: bool = True,
     ) -> None:
+        self.writes = writes
         self.run = run
         self.total = total
         self.shown = SHOWN | {name: name.removeprefix("eval_") for name in shown}
         self.begin = time.monotonic()
         self.start = start
-        for name in ("logging.jsonl", "metrics.jsonl"):
+        for name in ("logging.jsonl", "metrics.jsonl") if writes else ():
             cut_after(run / name, start or -1)  # a run that starts anew evaluates before its first step again
         self._board = None
-        if "tensorboard" in report_to:
+        if writes and "tensorboard" in report_to:
             self._board = _tensorboard(Path(logging_dir) if logging_dir else run / "runs", start, is_explicit)
         self._bar = None
-        if console.is_terminal() and not plain:
+        if writes and console.is_terminal() and not plain:
             self._bar = console.progress()
             self._bar.start()
             self._task = self._bar.add_task("train", total=total, completed=start, facts="")
@@ -71,6 +73,8 @@ class Trackers:
         done = max(1, step - self.start)
         remaining = elapsed / done * (self.total - step)
         line = {**values, "epoch": round(epoch, 6)}
+        if not self.writes:
+            return {"step": step, **line}
         _append(self.run / "metrics.jsonl", {"step": step, **line})
         shown = {key: round(value, 8) for key, value in values.items()}
         _append(
@@ -93,7 +97,8 @@ class Trackers:
 
     def summary(self, facts: dict[str, Any]) -> None:
         """The last line of logging.jsonl: what the run was and where its checkpoints are."""
-        _append(self.run / "logging.jsonl", facts)
+        if self.writes:
+            _append(self.run / "logging.jsonl", facts)
 
     def _show(self, step: int, values: dict[str, float], remaining: float) -> None:
         console.event("metrics", {"step": step, "max_steps": self.total, **values})

@@ -21,6 +21,9 @@ class Tuner(Protocol):
     def save(self, model: Any, path: Path, *, max_shard_size: str) -> None:
         """Write what was trained into the folder ``path``, in the format that peft or transformers load."""
 
+    def kept(self, model: Any) -> set[str] | None:
+        """The names in ``model.state_dict()`` that ``save`` reads; None for all."""
+
     def load(self, model: Any, path: Path) -> None:
         """Put saved weights into ``model``, which ``apply`` made; the same bits as were saved."""
 

@@ -32,6 +32,9 @@ class FullTuner:
         """Safetensors and config, as transformers writes them."""
         model.save_pretrained(path, safe_serialization=True, max_shard_size=max_shard_size)
 
+    def kept(self, model: Any) -> set[str] | None:
+        return None
+
     def load(self, model: Any, path: Path) -> None:
         state: dict[str, Any] = {}
         for file in sorted(path.glob("*.safetensors")):

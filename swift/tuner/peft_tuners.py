@@ -113,6 +113,10 @@ class PeftTuner:
     def save(self, model: Any, path: Path, *, max_shard_size: str) -> None:
         save_adapter(model, path)
 
+    def kept(self, model: Any) -> set[str] | None:
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return trained | {name for name in model.state_dict() if model.base_model.prefix in name}
+
     def load(self, model: Any, path: Path) -> None:
         load_adapter_weights(model, path)
 

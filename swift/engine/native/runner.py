@@ -44,7 +44,7 @@ class Runner:
         self.packed = pack_model(model, weights)
         self._kernel = kernels().paged_attention
         if isinstance(head, Tensor):  # the weight itself, which the packed layer has in its place now
-            self.policy.head = model.get_output_embeddings()
+            self.policy.packed_head = model.get_output_embeddings()
         self.program, self.why_no_program = program_of(self.policy)
 
     @torch.inference_mode()

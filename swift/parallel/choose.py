@@ -1,0 +1,110 @@
+"""From options to a strategy, and what it cannot be combined with: said before anything is loaded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from swift.config.commands import SftConfig
+from swift.config.optim import BITSANDBYTES
+from swift.errors import ConfigError
+from swift.parallel import STRATEGIES
+from swift.parallel.mesh import Mesh, Sizes, sizes_of
+from swift.parallel.world import World
+
+NOT_SHARDED = ("galore_adamw", "muon", "adafactor", *BITSANDBYTES)  # optimizers that look at whole matrices or blocks of numbers
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """The strategy of a run, and how its processes are arranged."""
+
+    strategy: str
+    sizes: Sizes
+
+    def __str__(self) -> str:
+        return self.strategy if self.sizes == Sizes() else f"{self.strategy}, {self.sizes}"
+
+    @property
+    def readers(self) -> int:
+        """Processes, or groups of them, that see different rows."""
+        return self.sizes.dp
+
+    def reader(self, rank: int) -> int:
+        """Which reader the process ``rank`` belongs to: neighbours share a sequence and a layer."""
+        return rank // (self.sizes.cp * self.sizes.tp) % self.sizes.dp
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process holds all weights."""
+        return self.strategy in ("fsdp2", "deepspeed", "megatron") or self.sizes.tp > 1 or self.sizes.pp > 1
+
+
+def arrange(config: SftConfig, world: World) -> Arrangement:
+    """What ``config`` asks of the processes of ``world``. ConfigError for what does not go together."""
+    sizes = sizes_of(
+        world.size,
+        pp=config.pipeline_model_parallel_size,
+        cp=config.sequence_parallel_size,
+        tp=config.tensor_model_parallel_size,
+    )
+    if config.strategy is None:
+        config.derive("strategy", "single" if world.is_alone else "ddp", f"{world.size} processes")
+    found = Arrangement(str(config.strategy), sizes)
+    if found.strategy == "single" and not world.is_alone:
+        raise ConfigError(f"--strategy single is for one process, and there are {world.size}", hint="leave --strategy away")
+    if found.strategy in ("ddp", "fsdp2") and world.is_alone:
+        raise ConfigError(
+            f"--strategy {found.strategy} needs several processes, and this is one",
+            hint="NPROC_PER_NODE=2 swift sft ..., torchrun, or swift launch start them",
+        )
+    if found.is_sharded:
+        _refuse(config, found.strategy)
+    return found
+
+
+def _refuse(config: SftConfig, name: str) -> None:
+    """ConfigError for what needs all weights, or whole matrices, in one process."""
+    said = f"--strategy {name}"
+    if config.optim in NOT_SHARDED:
+        raise ConfigError(
+            f"--optim {config.optim} and {said} cannot be combined: it looks at whole matrices, of which each process has a part",
+            hint="use --optim adamw_torch_fused, or --strategy ddp",
+        )
+    if config.lisa_activated_layers:
+        raise ConfigError(f"--lisa_activated_layers and {said} cannot be combined: layers are sharded once", hint="use --strategy ddp")
+    if config.tuner_type in ("adalora", "llamapro"):
+        raise ConfigError(
+            f"--tuner_type {config.tuner_type} and {said} cannot be combined: it changes whole matrices while training",
+            hint="use --tuner_type lora, or --strategy ddp",
+        )
+    if config.quant_method is not None and name != "fsdp2":
+        raise ConfigError(f"--quant_method {config.quant_method} and {said} cannot be combined", hint="use --strategy ddp or fsdp2")
+    if config.eval_dataset:
+        raise ConfigError(
+            f"--eval_dataset and {said} cannot be combined: answers are written by a whole model",
+            hint="swift eval RUN measures the checkpoints",
+        )
+    if config.torch_compile:
+        raise ConfigError(f"--torch_compile and {said} cannot be combined", hint="remove --torch_compile, or use --strategy ddp")
+    if config.report_samples:
+        if config.given("report_samples"):
+            raise ConfigError(f"--report_samples and {said} cannot be combined: answers are written by a whole model", hint="remove it")
+        config.derive("report_samples", 0, said)
+
+
+def make_strategy(config: SftConfig, arrangement: Arrangement, world: World, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """The strategy of this process, with ``dtype`` as the precision of the forward passes."""
+    if arrangement.strategy == "single":
+        return STRATEGIES.get("single")(device, autocast_dtype=dtype)
+    if arrangement.strategy in ("ddp", "fsdp2"):
+        return STRATEGIES.get(arrangement.strategy)(
+            world,
+            Mesh(arrangement.sizes, device.type),
+            device,
+            shards=arrangement.strategy == "fsdp2",
+            autocast_dtype=dtype,
+            cpu_offload=config.fsdp_cpu_offload,
+            reshard_after_forward=config.fsdp_reshard_after_forward,
+        )
+    return STRATEGIES.get(arrangement.strategy)(config, world, device, dtype)

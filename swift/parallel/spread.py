@@ -1,0 +1,143 @@
+"""The strategy for several processes: copies of the model (DDP), or parts of it (FSDP2), on one mesh."""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from swift.errors import ConfigError, TrainingError
+from swift.model.batch import Batch
+from swift.objectives.base import Objective
+from swift.parallel import state
+from swift.parallel.base import Sums, accumulate
+from swift.parallel.gradients import local, scale, total_norm
+from swift.parallel.mesh import Mesh
+from swift.parallel.replicate import Replicas
+from swift.parallel.scaling import LossScale
+from swift.parallel.shard import shard
+from swift.parallel.world import World, add
+from swift.tuner.blocks import blocks_of
+
+
+class Spread:
+    """Processes that see different rows. Each holds all of the model, or with ``shards`` a part of every parameter."""
+
+    def __init__(
+        self,
+        world: World,
+        mesh: Mesh,
+        device: torch.device,
+        *,
+        shards: bool,
+        autocast_dtype: torch.dtype | None = None,
+        cpu_offload: bool = False,
+        reshard_after_forward: bool = True,
+    ) -> None:
+        self.world, self.mesh, self.device, self.shards, self.autocast_dtype = world, mesh, device, shards, autocast_dtype
+        self.cpu_offload, self.reshard_after_forward = cpu_offload, reshard_after_forward
+        self.scale = LossScale() if autocast_dtype == torch.float16 else None
+        self._entry: Any = None
+
+    def prepare(self, model: Any, make_optimizer: Callable[[Any], Optimizer]) -> tuple[Any, Optimizer]:
+        if self.shards:
+            inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+            try:
+                blocks = list(blocks_of(inner))
+            except ConfigError as problem:
+                raise ConfigError(f"--fsdp cannot be used with this model: {problem.message}", hint="leave --fsdp away") from None
+            self._entry = shard(
+                model,
+                blocks,
+                self.mesh.data,
+                param_dtype=self._param_dtype(model),
+                cpu_offload=self.cpu_offload,
+                reshard_after_forward=self.reshard_after_forward,
+            )
+            if not self.cpu_offload:
+                model.to(self.device)  # buffers
+        self.model = model
+        self.optimizer = make_optimizer(model)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        copies = [parameter for parameter in self.parameters if not isinstance(parameter, DTensor)]
+        self.replicas = Replicas(copies, self.mesh.data.get_group())
+        return model, self.optimizer
+
+    def _param_dtype(self, model: Any) -> torch.dtype | None:
+        """The precision in which weights travel: that of the computation, if they are trained in float32."""
+        trained = {parameter.dtype for parameter in model.parameters()}
+        return self.autocast_dtype if trained == {torch.float32} else None
+
+    def autocast(self) -> Any:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments) if self._entry is None else self._entry(function, *arguments)
+
+    def add(self, values: Sequence[float]) -> list[float]:
+        return add(values, self.device, self.mesh.data.get_group())
+
+    def accumulate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch], count: float) -> Sums:
+        self._left = len(batches) + (batches[0].root_ids is not None)
+        return accumulate(self, policy, objective, reference, batches, count, self.device)
+
+    def backward(self, loss: Tensor) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self.replicas.expect()
+        (loss if self.scale is None else loss * self.scale.value).backward()
+
+    def clip_and_step(self, max_grad_norm: float) -> tuple[float, bool]:
+        self.replicas.finish()
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        factor = 1.0 if self.scale is None else 1.0 / self.scale.value
+        norm = total_norm(gradients, self.device) * factor
+        is_finite = math.isfinite(norm)
+        if is_finite:
+            clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm > 0 else 1.0  # as torch clips
+            scale(gradients, factor * clip)
+            self.optimizer.step()
+        elif self.scale is None:
+            raise TrainingError(f"the gradient norm is {norm}")
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scale is not None:
+            self.scale.update(is_finite)
+        return norm, is_finite
+
+    def whole(self, model: Any, *, only: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        first: dict[int, str] = {}  # a tied weight is gathered once, and stays one tensor
+        ids = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+        for name, tensor in model.state_dict().items():
+            if only is not None and not only(name):
+                continue
+            same = first.setdefault(ids.get(name, id(tensor)), name)
+            if same != name:
+                if self.world.is_main:
+                    found[name] = found[same]
+                continue
+            gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.world.is_main:
+                found[name] = gathered.detach().cpu()
+        return found
+
+    def local_bytes(self) -> dict[str, int]:
+        """Bytes of weights and of optimizer state that this process holds."""
+        states = [value for each in self.optimizer.state.values() for value in each.values() if isinstance(value, Tensor)]
+        return {
+            "weights": sum(local(parameter).numel() * parameter.element_size() for parameter in self.model.parameters()),
+            "optimizer": sum(local(value).numel() * value.element_size() for value in states),
+        }
+
+    def save(self, path: Path) -> None:
+        state.save(path, self.model, self.optimizer, self.world, is_sharded=self.shards, scale=self.scale)
+
+    def load(self, path: Path) -> None:
+        state.load(path, self.model, self.optimizer, self.world, self.device, scale=self.scale)
