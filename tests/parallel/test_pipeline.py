@@ -1,0 +1,174 @@
+"""A pipeline computes what one process does: loss, metrics, every gradient and their norm, from parameters that are elsewhere."""
+
+import contextlib
+import copy
+import weakref
+
+import pytest
+import torch
+
+from swift.data.collate import flat_batches, padded_batch
+from swift.errors import ConfigError
+from swift.model.attention import use_packed_attention
+from swift.model.policy import Policy
+from swift.objectives.sft import Sft
+from swift.parallel.base import accumulate
+from swift.parallel.gradients import total_norm
+from swift.parallel.mesh import Mesh, Sizes
+from swift.parallel.pipeline.run import without_root
+from swift.parallel.pipeline.split import split
+from swift.parallel.single import Single
+from swift.parallel.world import join
+from tests.families import build
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.multi
+CPU = torch.device("cpu")
+TOLERANCE = 1e-5
+
+
+def examples(count: int, *, prefix: int = 0):
+    """Rows of unequal length, all with the same first ``prefix`` tokens; the first half of each is not trained on."""
+    random = torch.Generator().manual_seed(1)
+    shared = torch.randint(1, 128, (prefix,), generator=random)
+    for number in range(count):
+        ids = torch.cat([shared, torch.randint(1, 128, (5 + 3 * (number % 4),), generator=random)])
+        labels = ids.clone()
+        labels[: prefix + 3] = -100
+        yield {"input_ids": ids.tolist(), "labels": labels.tolist()}
+
+
+def batches(kind: str, count: int):
+    """Passes of 2 rows: flat with a shared beginning or padded, no two in a row of the same width."""
+    rows = list(examples(2 * count, prefix=4 if kind == "flat" else 0))
+    passes = [rows[at : at + 2] for at in range(0, len(rows), 2)]
+    return flat_batches(passes) if kind == "flat" else [padded_batch(part, pad_token_id=0) for part in passes]
+
+
+def model_of(family: str, *, layers: int, tied: bool, tuner: str):
+    model = build(family, num_hidden_layers=layers, tie_word_embeddings=tied)
+    use_packed_attention(model)
+    if tuner == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    return model.train()
+
+
+def one_process(model, parts):
+    """(sums, gradients by name, norm) of the whole model."""
+    strategy = Single(CPU)
+    count = sum(Sft().count(batch) for batch in parts)
+    sums = accumulate(strategy, Policy(model), Sft(), None, parts, count, CPU)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.grad is not None}
+    norm = total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None], CPU)
+    return sums, gradients, norm, count
+
+
+def differs(found, wanted) -> float:
+    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-12))
+
+
+def check(mesh, *, family="llama", layers=4, tied=False, tuner="full", kind="flat", schedule="1f1b", virtual=1, count=5):
+    """One step of a pipeline against one process; what this rank holds and had alive."""
+    whole = model_of(family, layers=layers, tied=tied, tuner=tuner)
+    model = copy.deepcopy(whole)
+    parts = batches(kind, count)
+    sums, gradients, norm, number = one_process(whole, parts)
+    pipeline = split(model, mesh.group("pp"), CPU, tokens=16, is_flat=kind == "flat", schedule=schedule, virtual=virtual)
+    policy = Policy(model)
+    alive = Alive(pipeline.stages.local_blocks[0])
+    found = pipeline.accumulate(Single(CPU), policy, Sft(), None, parts, number)
+    pipeline.add_shared_gradients()
+    assert float(found.loss) == pytest.approx(float(sums.loss), rel=TOLERANCE)
+    assert found.metrics == {"token_acc": float(sums.metrics["token_acc"])}
+    own = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert own.keys() <= gradients.keys()
+    for name, gradient in own.items():
+        assert differs(gradient, gradients[name]) < TOLERANCE, name
+    counted = [gradient for name, gradient in own.items() if pipeline.is_counted(name)]
+    assert total_norm(counted, CPU, groups=[mesh.group("pp")]) == pytest.approx(norm, rel=TOLERANCE)
+    evaluated = pipeline.evaluate(Single(CPU), policy, Sft(), None, parts[:3])
+    with torch.no_grad():
+        expected = [float(Sft().loss_sum(Policy(whole), None, without_root(batch))[0]) for batch in parts[:3]]
+    assert float(evaluated.loss) == pytest.approx(sum(expected), rel=TOLERANCE)
+    state = pipeline.whole(dict(model.state_dict()))
+    if mesh.rank("pp") == 0:
+        assert state.keys() == whole.state_dict().keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in whole.state_dict().items())
+    return {
+        "trained": sorted(own),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "whole": sum(parameter.numel() for parameter in whole.parameters()),
+        "alive": alive.most,
+        "peak_alive": pipeline.peak_alive,
+        "runs": [len(run) for run in pipeline.stages.runs],
+        "gradients": len(gradients),
+    }
+
+
+class Token:
+    """Lives as long as the graph that it is part of."""
+
+
+class Mark(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, token):
+        ctx.token = token
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+class Alive:
+    """How many graphs through a block exist at once, at most."""
+
+    def __init__(self, block) -> None:
+        self.most = 0
+        self.tokens: list[weakref.ref] = []
+        block.register_forward_hook(self)
+
+    def __call__(self, block, args, output):
+        if not torch.is_grad_enabled():
+            return None
+        token = Token()
+        self.tokens = [each for each in self.tokens if each() is not None] + [weakref.ref(token)]
+        self.most = max(self.most, len(self.tokens))
+        return Mark.apply(output, token)
+
+
+def _in(sizes: Sizes, function, *arguments):
+    with join(CPU):
+        return function(Mesh(sizes, "cpu"), *arguments)
+
+
+def _two(mesh):
+    return {
+        "1f1b": check(mesh, tied=True),
+        "gpipe": check(mesh, schedule="gpipe", kind="padded"),
+        "interleaved": check(mesh, family="qwen3", schedule="interleaved", virtual=2, tied=True, kind="padded"),
+        "lora": check(mesh, tuner="lora", tied=True),
+    }
+
+
+def _four(mesh):
+    return {
+        "1f1b": check(mesh, family="qwen3", tied=True, count=9),
+        "gpipe": check(mesh, schedule="gpipe", count=9, kind="padded"),
+        "interleaved": check(mesh, layers=8, schedule="interleaved", virtual=2, tied=True, count=6),
+        "few": check(mesh, count=2),
+    }
+
+
+def test_two_processes():
+    first, last = run_ranks(2, _in, Sizes(pp=2), _two)
+    for name in first:
+        print(name, first[name], last[name])
+
+
+def test_four_processes():
+    found = run_ranks(4, _in, Sizes(pp=4), _four)
+    for name in found[0]:
+        print(name, *(each[name] for each in found), sep="\n")
