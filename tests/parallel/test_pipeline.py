@@ -1,11 +1,12 @@
 """A pipeline computes what one process does: loss, metrics, every gradient and their norm, from parameters that are elsewhere."""
 
-import contextlib
 import copy
+import functools
 import weakref
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from swift.data.collate import flat_batches, padded_batch
 from swift.errors import ConfigError
@@ -15,10 +16,13 @@ from swift.objectives.sft import Sft
 from swift.parallel.base import accumulate
 from swift.parallel.gradients import total_norm
 from swift.parallel.mesh import Mesh, Sizes
+from swift.parallel.pipeline.costs import Costs
 from swift.parallel.pipeline.run import without_root
 from swift.parallel.pipeline.split import split
 from swift.parallel.single import Single
-from swift.parallel.world import join
+from swift.parallel.spread import Spread
+from swift.parallel.world import World, join
+from swift.train.activations import checkpoint_activations
 from tests.families import build
 from tests.ranks import run_ranks
 
@@ -55,9 +59,9 @@ def model_of(family: str, *, layers: int, tied: bool, tuner: str):
     return model.train()
 
 
-def one_process(model, parts):
+def one_process(model, parts, dtype=None):
     """(sums, gradients by name, norm) of the whole model."""
-    strategy = Single(CPU)
+    strategy = Single(CPU, autocast_dtype=dtype)
     count = sum(Sft().count(batch) for batch in parts)
     sums = accumulate(strategy, Policy(model), Sft(), None, parts, count, CPU)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.grad is not None}
@@ -151,6 +155,59 @@ def _two(mesh):
         "interleaved": check(mesh, family="qwen3", schedule="interleaved", virtual=2, tied=True, kind="padded"),
         "lora": check(mesh, tuner="lora", tied=True),
     }
+
+
+def product(mesh, *, shards: bool, schedule="1f1b", virtual=1, tuner="full", tied=True, checkpointing=False, dtype=None):
+    """A step of stages whose copies, or parts, see different rows, against one process."""
+    whole = model_of("llama", layers=4, tied=tied, tuner=tuner)
+    model = copy.deepcopy(whole)
+    parts = batches("padded", 6)
+    sums, gradients, norm, count = one_process(whole, parts, dtype)
+    cut = functools.partial(
+        split, group=mesh.group("pp"), device=CPU, tokens=16, is_flat=False, schedule=schedule, virtual=virtual, costs=Costs([1.0] * 4, 0, 0)
+    )
+    strategy = Spread(World(), mesh, CPU, shards=shards, split=cut, autocast_dtype=dtype)
+    model, optimizer = strategy.prepare(model, lambda model: torch.optim.SGD(model.parameters(), lr=0.0))
+    with strategy.autocast():
+        policy = Policy(model, call=strategy.call)
+    if checkpointing:
+        checkpoint_activations(model, None)
+    seen = {}
+    optimizer.register_step_pre_hook(lambda *_: seen.update(_whole_gradients(model)))
+    mine = parts[mesh.rank("dp") :: 2]
+    assert strategy.add([sum(Sft().count(batch) for batch in mine)]) == [count]
+    found = strategy.accumulate(policy, Sft(), None, mine, count)
+    # Sharded weights travel in bfloat16, and so do their embeddings; in one process these are float32.
+    tolerance, of_gradients = (0.02, 0.1) if dtype is not None and shards else (TOLERANCE, TOLERANCE)
+    assert strategy.add([float(found.loss)]) == pytest.approx([float(sums.loss)], rel=tolerance)
+    assert strategy.clip_and_step(0.0)[0] == pytest.approx(norm, rel=tolerance)
+    for name, gradient in seen.items():
+        assert differs(gradient, gradients[name]) < of_gradients, name
+    state = strategy.whole(model)
+    if mesh.rank("pp") == mesh.rank("dp") == 0:
+        assert state.keys() == whole.state_dict().keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in whole.state_dict().items())
+    else:
+        assert state == {}
+    return {"weights": strategy.local_bytes()["weights"], "trained": sorted(seen)}
+
+
+def _whole_gradients(model):
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {name: gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone() for name, gradient in gradients.items()}
+
+
+def _products(mesh):
+    return {
+        "copies": product(mesh, shards=False, tuner="lora", dtype=torch.bfloat16),
+        "parts": product(mesh, shards=True, schedule="interleaved", virtual=2, checkpointing=True),
+        "bits": product(mesh, shards=True, dtype=torch.bfloat16),
+    }
+
+
+def test_stages_whose_copies_or_parts_see_different_rows():
+    found = run_ranks(4, _in, Sizes(pp=2, dp=2), _products)
+    print(found)
 
 
 def _four(mesh):

@@ -33,6 +33,7 @@ class _Alive(NamedTuple):
 
     received: Tensor | None
     end: GradientEdge | Tensor | None  # of what was sent, or the loss; None if nothing here is trained
+    dtype: torch.dtype  # of what was computed
 
 
 @dataclass
@@ -178,17 +179,22 @@ class Pipeline:
                 output = step.strategy.call(_hidden, step.policy, batch, after)
                 end = get_gradient_edge(output) if output.requires_grad else None  # not the numbers, which are sent and then gone
         if step.is_trained:
-            step.alive[action.stage, action.batch] = _Alive(received, end)
+            dtype = torch.float32 if output is None else output.dtype
+            step.alive[action.stage, action.batch] = _Alive(received, end, dtype)
             self.peak_alive = max(self.peak_alive, len(step.alive))
-        return None if output is None else output.detach().contiguous()
+        if output is None:
+            return None
+        # Sharded weights may travel in fewer bits than those of which the stages have agreed.
+        return output.detach().to(self.stages.received_dtype(action.stage + 1)).contiguous()
 
     def _backward(self, step: _Step, action: Action, gradient: Tensor | None) -> Tensor | None:
-        received, end = step.alive.pop((action.stage, action.batch))
+        received, end, dtype = step.alive.pop((action.stage, action.batch))
         if isinstance(end, Tensor):
             if end.requires_grad:
                 step.backward(end)
         elif end is not None:
-            torch.autograd.backward([end], [gradient])
+            assert gradient is not None
+            torch.autograd.backward([end], [gradient.to(dtype)])
         if received is None:
             return None
         return torch.zeros_like(received) if received.grad is None else received.grad

@@ -9,7 +9,7 @@ from torch import distributed as dist
 
 from swift import console
 from swift.model.policy import Policy
-from swift.parallel.pipeline.costs import measure
+from swift.parallel.pipeline.costs import Costs, measure
 from swift.parallel.pipeline.partition import partition
 from swift.parallel.pipeline.run import Pipeline
 from swift.parallel.pipeline.stages import Stages, check
@@ -25,23 +25,24 @@ def split(
     is_flat: bool,
     schedule: str = "1f1b",
     virtual: int = 1,
+    costs: Costs | None = None,
     autocast: Callable[[], Any] = contextlib.nullcontext,
     call: Callable[..., Any] = lambda function, *arguments: function(*arguments),
 ) -> Pipeline:
     """Leave in ``model`` what this process of the pipeline ``group`` computes. All processes of the run call it at once.
 
     The model may be wrapped by PEFT and its layers may be shared by tensor parallel processes; it is sharded by FSDP
-    afterwards. ``tokens`` are those of a usual forward pass, for which blocks, embedding and head are timed: stages get
-    runs of blocks that take equally long. ConfigError, in one line, for models and sizes that cannot be split.
+    afterwards. Stages get runs of blocks that take equally long by ``costs``, which by default are measured: blocks,
+    embedding and head are timed with ``tokens``, those of a usual forward pass. ConfigError, in one line, for models and sizes that cannot be split.
     """
     structure = observe(model, autocast)
     processes = dist.get_world_size(group)
     stages = processes * virtual
     partition([1.0] * len(structure.blocks), stages)  # too many stages are told before anything is timed
-    costs = measure(Policy(model), structure, tokens, is_flat=is_flat, autocast=autocast, call=call)
-    box = [costs]
-    dist.broadcast_object_list(box, src=0)  # the clocks of others differ, their stages must not
-    costs = box[0]
+    if costs is None:
+        box = [measure(Policy(model, call=call), structure, tokens, is_flat=is_flat, autocast=autocast, call=call)]
+        dist.broadcast_object_list(box, src=0)  # the clocks of others differ, their stages must not
+        costs = box[0]
     runs = partition(costs.blocks, stages, first=costs.first, last=costs.last)
     check(structure, runs)
     console.say(
