@@ -6,10 +6,11 @@ import weakref
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 
 from swift.data.collate import flat_batches, padded_batch
-from swift.errors import ConfigError
+from swift.errors import SwiftError
 from swift.model.attention import use_packed_attention
 from swift.model.policy import Policy
 from swift.objectives.sft import Sft
@@ -44,19 +45,28 @@ def examples(count: int, *, prefix: int = 0):
 
 def batches(kind: str, count: int):
     """Passes of 2 rows: flat with a shared beginning or padded, no two in a row of the same width."""
-    rows = list(examples(2 * count, prefix=4 if kind == "flat" else 0))
+    rows = list(examples(2 * count, prefix=20 if kind == "flat" else 0))
     passes = [rows[at : at + 2] for at in range(0, len(rows), 2)]
     return flat_batches(passes) if kind == "flat" else [padded_batch(part, pad_token_id=0) for part in passes]
 
 
+@functools.cache
 def model_of(family: str, *, layers: int, tied: bool, tuner: str):
+    """Made before processes are forked, which then need not import what it takes."""
     model = build(family, num_hidden_layers=layers, tie_word_embeddings=tied)
     use_packed_attention(model)
     if tuner == "lora":
-        from peft import LoraConfig, get_peft_model
-
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     return model.train()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def made():
+    for tied in (True, False):
+        model_of("llama", layers=4, tied=tied, tuner="full")
+    for family, layers, tuner in (("llama", 4, "lora"), ("llama", 8, "full"), ("qwen3", 4, "full")):
+        one_process(model_of(family, layers=layers, tied=True, tuner=tuner), batches("flat", 2))[0]
+        model_of(family, layers=layers, tied=True, tuner=tuner).zero_grad()
 
 
 def one_process(model, parts, dtype=None):
@@ -69,17 +79,31 @@ def one_process(model, parts, dtype=None):
     return sums, gradients, norm, count
 
 
+def even(layers: int) -> Costs:
+    """Equal blocks and nothing else: the stages are known."""
+    return Costs([1.0] * layers, 0.0, 0.0)
+
+
 def differs(found, wanted) -> float:
     return float((found - wanted).norm() / wanted.norm().clamp_min(1e-12))
 
 
-def check(mesh, *, family="llama", layers=4, tied=False, tuner="full", kind="flat", schedule="1f1b", virtual=1, count=5):
+def check(mesh, *, family="llama", layers=4, tied=False, tuner="full", kind="flat", schedule="1f1b", virtual=1, count=5, is_measured=False):
     """One step of a pipeline against one process; what this rank holds and had alive."""
-    whole = model_of(family, layers=layers, tied=tied, tuner=tuner)
+    whole = copy.deepcopy(model_of(family, layers=layers, tied=tied, tuner=tuner))
     model = copy.deepcopy(whole)
     parts = batches(kind, count)
     sums, gradients, norm, number = one_process(whole, parts)
-    pipeline = split(model, mesh.group("pp"), CPU, tokens=16, is_flat=kind == "flat", schedule=schedule, virtual=virtual)
+    pipeline = split(
+        model,
+        mesh.group("pp"),
+        CPU,
+        tokens=16,
+        is_flat=kind == "flat",
+        schedule=schedule,
+        virtual=virtual,
+        costs=None if is_measured else even(layers),
+    )
     policy = Policy(model)
     alive = Alive(pipeline.stages.local_blocks[0])
     found = pipeline.accumulate(Single(CPU), policy, Sft(), None, parts, number)
@@ -106,8 +130,7 @@ def check(mesh, *, family="llama", layers=4, tied=False, tuner="full", kind="fla
         "whole": sum(parameter.numel() for parameter in whole.parameters()),
         "alive": alive.most,
         "peak_alive": pipeline.peak_alive,
-        "runs": [len(run) for run in pipeline.stages.runs],
-        "gradients": len(gradients),
+        "gradients": sorted(gradients),
     }
 
 
@@ -148,6 +171,13 @@ def _in(sizes: Sizes, function, *arguments):
         return function(Mesh(sizes, "cpu"), *arguments)
 
 
+def sizes(model) -> tuple[int, int, int]:
+    """Numbers of the embedding, of one block, of the last norm."""
+    decoder = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
+    parts = (decoder.embed_tokens, decoder.layers[0], decoder.norm)
+    return tuple(sum(parameter.numel() for parameter in part.parameters()) for part in parts)
+
+
 def _two(mesh):
     return {
         "1f1b": check(mesh, tied=True),
@@ -157,14 +187,29 @@ def _two(mesh):
     }
 
 
+def test_two_processes_with_half_of_the_blocks_each_train_as_one():
+    first, last = run_ranks(2, _in, Sizes(pp=2), _two)
+    for name, options in (("1f1b", {}), ("gpipe", {}), ("interleaved", {"family": "qwen3"}), ("lora", {"tuner": "lora"})):
+        embedding, block, norm = sizes(model_of(**{"family": "llama", "layers": 4, "tied": True, "tuner": "full"} | options))
+        assert first[name]["parameters"] == embedding + 2 * block, name
+        assert last[name]["parameters"] == 2 * block + norm + embedding, name  # the head is as large as the embedding
+        names = {*first[name]["trained"], *last[name]["trained"]}
+        assert names == set(first[name]["gradients"]), name
+        tied = {"lm_head.weight", "model.embed_tokens.weight"} & set(last[name]["trained"])
+        assert tied == (set() if name == "lora" else {"lm_head.weight"}), name
+    assert "model.layers.2.mlp.up_proj.weight" in first["interleaved"]["trained"]  # blocks 0 and 2
+    assert (first["1f1b"]["alive"], last["1f1b"]["alive"]) == (2, 1)
+    assert (first["gpipe"]["alive"], last["gpipe"]["alive"]) == (5, 5)
+
+
 def product(mesh, *, shards: bool, schedule="1f1b", virtual=1, tuner="full", tied=True, checkpointing=False, dtype=None):
     """A step of stages whose copies, or parts, see different rows, against one process."""
-    whole = model_of("llama", layers=4, tied=tied, tuner=tuner)
+    whole = copy.deepcopy(model_of("llama", layers=4, tied=tied, tuner=tuner))
     model = copy.deepcopy(whole)
     parts = batches("padded", 6)
     sums, gradients, norm, count = one_process(whole, parts, dtype)
     cut = functools.partial(
-        split, group=mesh.group("pp"), device=CPU, tokens=16, is_flat=False, schedule=schedule, virtual=virtual, costs=Costs([1.0] * 4, 0, 0)
+        split, group=mesh.group("pp"), device=CPU, tokens=16, is_flat=False, schedule=schedule, virtual=virtual, costs=even(4)
     )
     strategy = Spread(World(), mesh, CPU, shards=shards, split=cut, autocast_dtype=dtype)
     model, optimizer = strategy.prepare(model, lambda model: torch.optim.SGD(model.parameters(), lr=0.0))
@@ -207,25 +252,68 @@ def _products(mesh):
 
 def test_stages_whose_copies_or_parts_see_different_rows():
     found = run_ranks(4, _in, Sizes(pp=2, dp=2), _products)
-    print(found)
+    embedding, block, norm = sizes(model_of("llama", layers=4, tied=True, tuner="full"))
+    assert [each["parts"]["weights"] for each in found] == [2 * (embedding + 2 * block)] * 2 + [2 * (embedding + 2 * block + norm)] * 2
+    embedding, block, norm = sizes(model_of("llama", layers=4, tied=True, tuner="lora"))
+    assert [each["copies"]["weights"] for each in found] == [4 * (embedding + 2 * block)] * 2 + [4 * (embedding + 2 * block + norm)] * 2
 
 
 def _four(mesh):
     return {
         "1f1b": check(mesh, family="qwen3", tied=True, count=9),
-        "gpipe": check(mesh, schedule="gpipe", count=9, kind="padded"),
         "interleaved": check(mesh, layers=8, schedule="interleaved", virtual=2, tied=True, count=6),
-        "few": check(mesh, count=2),
+        "few": check(mesh, count=2, is_measured=True),
     }
 
 
-def test_two_processes():
-    first, last = run_ranks(2, _in, Sizes(pp=2), _two)
-    for name in first:
-        print(name, first[name], last[name])
-
-
-def test_four_processes():
+def test_four_processes_keep_no_more_micro_batches_than_there_are_stages():
     found = run_ranks(4, _in, Sizes(pp=4), _four)
-    for name in found[0]:
-        print(name, *(each[name] for each in found), sep="\n")
+    assert [each["1f1b"]["alive"] for each in found] == [4, 3, 2, 1]
+    assert [each["few"]["alive"] for each in found] == [2, 2, 2, 1]
+    embedding, block, norm = sizes(model_of("qwen3", layers=4, tied=True, tuner="full"))
+    assert [each["1f1b"]["parameters"] for each in found] == [embedding + block, block, block, block + norm + embedding]
+
+
+class Twice:
+    """An objective that a pipeline cannot run: it asks for each batch twice."""
+
+    layout, needs_reference = "sft", False
+    count = Sft.count
+
+    def loss_sum(self, policy, reference, batch):
+        policy.cross_entropy(batch)
+        return Sft().loss_sum(policy, reference, batch)
+
+
+def _refused(mesh):
+    model = copy.deepcopy(model_of("llama", layers=4, tied=True, tuner="full"))
+    parts, problems = batches("padded", 2), []
+
+    def told(function, *arguments, **options):
+        with pytest.raises(SwiftError) as problem:
+            function(*arguments, **options)
+        problems.append(str(problem.value))
+
+    cut = functools.partial(split, model, mesh.group("pp"), CPU, tokens=16, is_flat=False)
+    told(cut, virtual=3)
+    pipeline = cut(costs=even(4))
+    run = functools.partial(pipeline.accumulate, Single(CPU))
+    told(run, Policy(model), Sft(), Policy(model), parts, 1.0)
+    told(run, Policy(model, router_aux_loss_coef=0.1), Sft(), None, parts, 1.0)
+    if mesh.rank("pp") == 1:
+        told(run, Policy(model), Twice(), None, parts[:1], 1.0)
+    else:  # has nobody left to speak to
+        with pytest.raises(RuntimeError, match="closed by peer|Connection"):
+            run(Policy(model), Twice(), None, parts[:1], 1.0)
+    return problems
+
+
+def test_what_a_pipeline_cannot_do_is_told_in_one_line():
+    first, last = run_ranks(2, _in, Sizes(pp=2), _refused)
+    assert first == last[:3]
+    assert all("\n" not in problem for problem in last)
+    stages, reference, router, twice = last
+    assert "6 pipeline stages are more than the 4 blocks of this model" in stages
+    assert "cannot run a reference model" in reference
+    assert "--router_aux_loss_coef is computed over all blocks" in router
+    assert "runs the model more than once for a batch" in twice

@@ -58,17 +58,29 @@ class Cut:
 
 @torch.no_grad()
 def check(structure: Structure, runs: Sequence[range]) -> None:
-    """ConfigError unless the stages one after the other compute what the whole model does."""
+    """ConfigError unless the stages one after the other compute what the whole model does.
+
+    Each stage computes something else in between, as if the next one were in another process: what it has left behind in
+    this one, besides the hidden states, is of no use to the next.
+    """
     cut, inner, last = Cut(structure), structure.inner, len(runs) - 1
     inputs = probe(inner)
+    others = {**inputs, "input_ids": inputs["input_ids"].roll(1, dims=1)}
+
+    def compute(stage: int, inputs: dict[str, Tensor], hidden: Tensor | None) -> Tensor:
+        run = runs[stage]
+        with cut.running(run, cut.swaps(run, is_first=stage == 0, is_last=stage == last), hidden) as after:
+            output = inner(**inputs, use_cache=False)
+            computed: Tensor = output.logits if after is None else after.take()
+        return computed
+
     with evaluating(inner):
         wanted = inner(**inputs, use_cache=False).logits
         hidden: Tensor | None = None
+        other: Tensor | None = None
         try:
-            for stage, run in enumerate(runs):
-                with cut.running(run, cut.swaps(run, is_first=stage == 0, is_last=stage == last), hidden) as after:
-                    output = inner(**inputs, use_cache=False)
-                    hidden = output.logits if after is None else after.take()
+            for stage in range(len(runs)):
+                hidden, other = compute(stage, inputs, hidden), compute(stage, others, other)
             assert hidden is not None
             is_same = agrees(hidden, wanted)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError):
