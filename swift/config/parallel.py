@@ -41,7 +41,6 @@ class ParallelConfig(Config):
     virtual_pipeline_model_parallel_size: int = opt(
         1, "runs of blocks that each pipeline stage has, with --pipeline_schedule interleaved", minimum=1
     )
-    local_rank: int | None = opt(None, "place of this process on its machine; launchers that do not set LOCAL_RANK pass it", saved=False)
     ddp_backend: str | None = opt(None, "how processes speak: gloo, nccl, hccl, mpi; by default what fits the device", saved=False)
     ddp_timeout: int = opt(1800, "seconds after which a process that waits for others gives up", minimum=1, saved=False)
 

@@ -48,8 +48,11 @@ def arrange(config: SftConfig, world: World) -> Arrangement:
         cp=config.sequence_parallel_size,
         tp=config.tensor_model_parallel_size,
     )
-    if config.strategy is None:
-        config.derive("strategy", "single" if world.is_alone else "ddp", f"{world.size} processes")
+    is_said = config.said("strategy") or config.said("fsdp") or config.said("deepspeed")
+    is_fit = config.strategy is not None and (config.strategy in ("ddp", "fsdp2")) != world.is_alone
+    if config.strategy is None or (not is_said and not is_fit and config.strategy in ("single", "ddp", "fsdp2")):
+        # A run that goes on in another number of processes takes what its strategy is there.
+        config.derive("strategy", "single" if world.is_alone else "ddp", "one process" if world.is_alone else f"{world.size} processes")
     found = Arrangement(str(config.strategy), sizes)
     if found.strategy == "single" and not world.is_alone:
         raise ConfigError(f"--strategy single is for one process, and there are {world.size}", hint="leave --strategy away")

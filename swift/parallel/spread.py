@@ -90,6 +90,11 @@ class Spread:
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments) if self._entry is None else self._entry(function, *arguments)
 
+    def _let_go(self) -> None:
+        """Parameters are parts again, those too that a pass without a backward pass has left whole."""
+        if self._entry is not None:
+            self._entry.reshard()
+
     def add(self, values: Sequence[float]) -> list[float]:
         return add(values, self.device, self.mesh.data.get_group())
 
@@ -129,6 +134,7 @@ class Spread:
         return norm, is_finite
 
     def whole(self, model: Any, *, only: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+        self._let_go()
         found: dict[str, Tensor] = {}
         is_first = all(self.mesh.rank(axis) == 0 for axis in ("dp", "cp", "tp"))  # the main process, or the first of its stage
         first: dict[int, str] = {}  # a tied weight is gathered once, and stays one tensor
@@ -157,7 +163,9 @@ class Spread:
         }
 
     def save(self, path: Path) -> None:
+        self._let_go()
         state.save(path, self.model, self.optimizer, self.world, is_sharded=self.shards, scale=self.scale)
 
     def load(self, path: Path) -> None:
+        self._let_go()
         state.load(path, self.model, self.optimizer, self.world, self.device, scale=self.scale)

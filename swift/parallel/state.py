@@ -3,6 +3,7 @@
 Either is read on any number of processes: the parts are named by parameter, and cut anew.
 """
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def save(path: Path, model: Any, optimizer: Optimizer, world: World, *, is_shard
     tensors: dict[str, Any] = {
         f"{names[parameter]}/{key}": value for parameter, own in optimizer.state.items() for key, value in own.items()
     }
-    tensors |= {GROUPS: _settings(optimizer), SCALER: scaler}
+    tensors |= {GROUPS: json.dumps(_settings(optimizer)), SCALER: json.dumps(scaler)}
     with _quiet():
         save_parts(tensors, storage_writer=FileSystemWriter(folder_of(path)), no_dist=world.is_alone)
 
@@ -120,8 +121,8 @@ def _load_parts(folder: Path, model: Any, optimizer: Optimizer, world: World) ->
         name, _, key = entry.rpartition("/")
         if name:
             optimizer.state[parameters[name]][key] = value
-    _put_settings(optimizer, wanted[GROUPS])
-    return dict(wanted[SCALER] or {})
+    _put_settings(optimizer, json.loads(wanted[GROUPS]))
+    return dict(json.loads(wanted[SCALER]))
 
 
 def _room(about: Any, parameter: Tensor) -> Tensor:

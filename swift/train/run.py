@@ -136,7 +136,7 @@ class Session:
         self.model, self.optimizer = self.strategy.prepare(model, optimizer)
         self.policy = Policy(self.model, router_aux_loss_coef=config.router_aux_loss_coef, call=self.strategy.call)
         self.schedule = make_schedule(self.optimizer, config, steps.total)
-        self.state = TrainState(max_steps=steps.total)
+        self.state = TrainState(max_steps=steps.total, readers=steps.cutting.readers, units_per_step=steps.cutting.units_per_step)
         self.reader, self.is_split = arrangement.reader(world.rank), self.strategy.shards
         self.tuner.attach(self.model, self.optimizer, lambda: self.state.global_step)
         self.fused = fuse(self.model, probe_ids(loaded.model, 8)) if config.tuner_type == "lora" and not self.is_split else Fused()
@@ -289,7 +289,7 @@ class Session:
         if self.config.resume_only_model:
             console.say(f"weights taken from {path}, starting at step 0")
             return
-        self.state = check_resumable(path)
+        self.state = replace(check_resumable(path), readers=self.state.readers, units_per_step=self.state.units_per_step)
         load_optimizer(path, strategy=self.strategy, schedule=self.schedule)
         if self.state.max_steps != self.steps.total:
             console.warn(

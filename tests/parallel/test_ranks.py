@@ -1,14 +1,23 @@
 """Training in several processes is training in one: the same loss, gradients and weights, of parts that are really parts."""
 
 import json
+import shutil
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot
+import peft
 import pytest
-import torch
+import transformers.models.llama.modeling_llama
 from safetensors.torch import load_file
+
+import swift.parallel.spread
+import swift.train.run
 
 from tests.ranks import run_ranks
 
+# What each forked process would import by itself.
+PREPARED = (matplotlib.pyplot, peft, transformers.models.llama.modeling_llama, swift.parallel.spread, swift.train.run)
 pytestmark = pytest.mark.multi
 OPTIONS = {
     "add_version": False,
@@ -93,3 +102,24 @@ def _model(path):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+def test_a_run_goes_on_in_another_number_of_processes(tiny_model, rows, tmp_path, tuner):
+    options = {"tuner_type": tuner, "gradient_accumulation_steps": 2}
+    options |= {"lora_dropout": 0.0} if tuner == "lora" else {}
+    run_ranks(2, _train, (tiny_model, rows, tmp_path / "parts", {**options, "fsdp": "fsdp2"}))
+    run_ranks(2, _train, (tiny_model, rows, tmp_path / "copies", options))
+    assert (tmp_path / "parts/checkpoint-2/optimizer/.metadata").is_file()
+    assert (tmp_path / "copies/checkpoint-2/optimizer.pt").is_file()
+    wanted = weights(tmp_path / "copies", 4)
+    assert differs(weights(tmp_path / "parts", 4), wanted) < 2e-4
+    for begun, size, more in (("parts", 4, {"fsdp": "fsdp2"}), ("parts", 1, {}), ("parts", 2, {}), ("copies", 4, {"fsdp": "fsdp2"})):
+        out = tmp_path / f"{begun}-{size}-{len(more)}"
+        shutil.copytree(tmp_path / begun, out)
+        shutil.rmtree(out / "checkpoint-4")
+        several = {**options, **more, "resume_from_checkpoint": str(out)}
+        run_ranks(size, _train, (tiny_model, rows, out, several))
+        assert differs(weights(out, 4), wanted) < 2e-4, (begun, size)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
