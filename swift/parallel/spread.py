@@ -15,7 +15,7 @@ from swift.errors import ConfigError, TrainingError
 from swift.model.batch import Batch
 from swift.objectives.base import Objective
 from swift.parallel import state
-from swift.parallel.base import Sums, accumulate
+from swift.parallel.base import Sums, accumulate, evaluate
 from swift.parallel.gradients import local, scale, total_norm
 from swift.parallel.mesh import Mesh
 from swift.parallel.pipeline.run import Pipeline
@@ -42,7 +42,9 @@ class Spread:
         split: Callable[[Any], Pipeline] | None = None,
     ) -> None:
         """``split`` leaves in a model the stages of a pipeline that this process has."""
-        self.world, self.mesh, self.device, self.shards, self.autocast_dtype = world, mesh, device, shards, autocast_dtype
+        self.world, self.mesh, self.device, self.autocast_dtype = world, mesh, device, autocast_dtype
+        self.cuts_parameters = shards
+        self.shards = shards or split is not None  # no process holds all weights
         self.cpu_offload, self.reshard_after_forward = cpu_offload, reshard_after_forward
         self.scale = LossScale() if autocast_dtype == torch.float16 else None
         self.split = split
@@ -52,7 +54,7 @@ class Spread:
     def prepare(self, model: Any, make_optimizer: Callable[[Any], Optimizer]) -> tuple[Any, Optimizer]:
         if self.split is not None:
             self.pipeline = self.split(model)
-        if self.shards:
+        if self.cuts_parameters:
             inner = model.get_base_model() if hasattr(model, "get_base_model") else model
             try:
                 blocks = list(blocks_of(inner)) if self.pipeline is None else self.pipeline.stages.local_blocks
@@ -103,6 +105,11 @@ class Spread:
             return self.pipeline.accumulate(self, policy, objective, reference, batches, count, backward=self._scaled_backward)
         self._left = len(batches) + (batches[0].root_ids is not None)
         return accumulate(self, policy, objective, reference, batches, count, self.device)
+
+    def evaluate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch]) -> Sums:
+        if self.pipeline is not None:
+            return self.pipeline.evaluate(self, policy, objective, reference, batches)
+        return evaluate(self, policy, objective, reference, batches, self.device)
 
     def backward(self, loss: Tensor) -> None:
         self._left -= 1

@@ -31,7 +31,7 @@ from swift.parallel.choose import Arrangement, arrange, make_strategy
 from swift.parallel.world import World, join
 from swift.train import checkpoint as checkpoints
 from swift.train import report
-from swift.train.activations import choose_checkpointing
+from swift.train.activations import choose_checkpointing, largest_pass
 from swift.train.build import autocast_dtype, choose_flat, load_for_training
 from swift.train.checkpoint import check_resumable, load_optimizer
 from swift.train.compile import compile_blocks
@@ -131,7 +131,8 @@ class Session:
             load_adapter_weights(model, adapter_folder(config.adapters[0]))
         if resume_from is not None:
             self.tuner.load(model, resume_from)
-        self.strategy = make_strategy(config, arrangement, world, self.device, autocast_dtype(config, loaded.dtype))
+        dtype, (tokens, _) = autocast_dtype(config, loaded.dtype), largest_pass(config, steps, is_flat=self.is_flat)
+        self.strategy = make_strategy(config, arrangement, world, self.device, dtype, tokens=tokens, is_flat=self.is_flat)
         optimizer = functools.partial(make_optimizer, config=config, lorap_lr_ratio=config.lorap_lr_ratio)
         self.model, self.optimizer = self.strategy.prepare(model, optimizer)
         self.policy = Policy(self.model, router_aux_loss_coef=config.router_aux_loss_coef, call=self.strategy.call)
@@ -235,7 +236,7 @@ class Session:
         values: dict[str, float] = {}
         if self.data.validation is not None:
             parts = (batch for examples in self._evaluation_passes(self.data.validation) for batch in self._collate([examples]))
-            values = evaluate(self.policy, parts, objective=self.objective, strategy=self.strategy, device=self.device)
+            values = evaluate(self.policy, parts, objective=self.objective, strategy=self.strategy)
         if self.tasks is not None:
             own = evaluate_tasks(self.tasks, self.loaded, self.model, is_compiled=self.config.torch_compile) if self.world.is_main else {}
             values |= self.world.broadcast(own)

@@ -31,9 +31,9 @@ def split(
 ) -> Pipeline:
     """Leave in ``model`` what this process of the pipeline ``group`` computes. All processes of the run call it at once.
 
-    The model may be wrapped by PEFT and its layers may be shared by tensor parallel processes; it is sharded by FSDP
-    afterwards. Stages get runs of blocks that take equally long by ``costs``, which by default are measured: blocks,
-    embedding and head are timed with ``tokens``, those of a usual forward pass. ConfigError, in one line, for models and sizes that cannot be split.
+    The model may be wrapped by PEFT and its layers may be shared by tensor parallel processes; FSDP shards it afterwards.
+    Stages get runs of blocks that take equally long by ``costs``. By default these are measured: blocks, embedding and head
+    are timed with ``tokens``, those of a usual forward pass. ConfigError, in one line, for what cannot be split.
     """
     structure = observe(model, autocast)
     processes = dist.get_world_size(group)
