@@ -66,11 +66,6 @@ def arrange(config: SftConfig, world: World) -> Arrangement:
             f"--strategy {found.strategy} needs several processes, and this is one",
             hint="NPROC_PER_NODE=2 swift sft ..., torchrun, or swift launch start them",
         )
-    if sizes.pp > 1 and config.pipeline_schedule == "interleaved" and config.virtual_pipeline_model_parallel_size == 1:
-        raise ConfigError(
-            "--pipeline_schedule interleaved needs several runs of blocks in each process",
-            hint="--virtual_pipeline_model_parallel_size 2, or --pipeline_schedule 1f1b",
-        )
     if found.is_sharded:
         _refuse(config, found.strategy)
     return found

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 
+from swift.config.parallel import ParallelConfig
 from swift.data.collate import flat_batches, padded_batch
 from swift.errors import SwiftError
 from swift.model.attention import use_packed_attention
@@ -25,7 +26,9 @@ from swift.parallel.spread import Spread
 from swift.parallel.world import World, join
 from swift.train.activations import checkpoint_activations
 from tests.families import build
+from tests.parallel.test_ranks import train, weights
 from tests.ranks import run_ranks
+from tests.tiny import make_model
 
 pytestmark = pytest.mark.multi
 CPU = torch.device("cpu")
@@ -303,7 +306,7 @@ def _refused(mesh):
     if mesh.rank("pp") == 1:
         told(run, Policy(model), Twice(), None, parts[:1], 1.0)
     else:  # has nobody left to speak to
-        with pytest.raises(RuntimeError, match="closed by peer|Connection"):
+        with pytest.raises(RuntimeError, match=r"closed by peer|Connection"):
             run(Policy(model), Twice(), None, parts[:1], 1.0)
     return problems
 
@@ -317,3 +320,27 @@ def test_what_a_pipeline_cannot_do_is_told_in_one_line():
     assert "cannot run a reference model" in reference
     assert "--router_aux_loss_coef is computed over all blocks" in router
     assert "runs the model more than once for a batch" in twice
+
+
+def _train(arguments):
+    model, rows, out, options = arguments
+    return train(model, rows, out, **options)
+
+
+def test_a_run_in_stages_ends_with_the_weights_of_a_run_in_one_process(rows, tmp_path):
+    model = make_model(tmp_path / "model", num_hidden_layers=4)
+    options = {"tuner_type": "lora", "lora_dropout": 0.0, "padding_free": True, "gradient_accumulation_steps": 4}
+    one = train(model, rows, tmp_path / "one", **options)
+    stages = {"pipeline_model_parallel_size": 2, "pipeline_schedule": "interleaved", "virtual_pipeline_model_parallel_size": 2}
+    for result in run_ranks(2, _train, (model, rows, tmp_path / "stages", {**options, **stages})):
+        for found, wanted in zip(result["lines"], one["lines"], strict=True):
+            for key in {"loss", "grad_norm", "eval_loss", "token_acc"} & set(wanted):
+                assert found[key] == pytest.approx(wanted[key], rel=2e-5), key
+    found, wanted = weights(tmp_path / "stages", 4), weights(tmp_path / "one", 4)
+    assert found.keys() == wanted.keys()
+    assert max(differs(found[name], wanted[name]) for name in wanted) < 2e-4
+
+
+def test_interleaving_without_several_runs_of_blocks_is_refused():
+    with pytest.raises(SwiftError, match="--pipeline_schedule interleaved needs several runs of blocks in each process"):
+        ParallelConfig(pipeline_model_parallel_size=2, pipeline_schedule="interleaved").check()

@@ -45,6 +45,11 @@ def test_stages_one_after_the_other_are_the_model(family, options, beside):
         stages = Stages(part, observe(part), HALVES, rank, 2)
         held.append({parameter_name for parameter_name, _ in part.named_parameters()})
         assert len(stages.local_blocks) == 2
+        with stages.seen_whole():
+            shapes = {name: parameter.shape for name, parameter in part.named_parameters(remove_duplicate=False)}
+            assert shapes == {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+            assert sum(parameter.is_meta for parameter in part.parameters()) > 0
+        assert not any(parameter.is_meta for parameter in part.parameters())
         assert part.get_input_embeddings().weight.shape == model.get_input_embeddings().weight.shape
     both = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     assert held[0] | held[1] == both

@@ -110,8 +110,14 @@ class Stages:
         self.shared = _shared([_kept(model, swaps) for swaps in lasting], rank)
         done = {(id(parent), name) for parent, name, _ in lasting[rank]}
         self._passing = {stage: [swap for swap in self._swaps(stage) if (id(swap[0]), swap[1]) not in done] for stage in self.mine}
+        missing = [(parent, name, parent._modules[name]) for parent, name, _ in lasting[rank]]
         for parent, name, module in lasting[rank]:
             parent._modules[name] = module
+        here = set(model.modules())
+        for _, _, absent in missing:
+            for part in set(absent.modules()) - here if absent is not None else ():
+                _empty(part)
+        self._missing = missing
 
     @property
     def count(self) -> int:
@@ -129,6 +135,18 @@ class Stages:
         with self.cut.running(self.runs[stage], self._passing[stage], received) as after:
             yield after
 
+    @contextlib.contextmanager
+    def seen_whole(self) -> Iterator[None]:
+        """Within, ``model`` has all of its modules, those of other processes without numbers: for code that reads their names."""
+        stands = [(parent, name, parent._modules[name]) for parent, name, _ in self._missing]
+        for parent, name, module in self._missing:
+            parent._modules[name] = module
+        try:
+            yield
+        finally:
+            for parent, name, module in stands:
+                parent._modules[name] = module
+
     def received_dtype(self, stage: int) -> torch.dtype:
         """Of the hidden states that ``stage`` gets."""
         return self.structure.dtypes[self.runs[stage].start - 1]
@@ -141,6 +159,15 @@ class Stages:
         first, *others = [self._swaps(stage) for stage in stages]
         common = set.intersection(*({(id(parent), name) for parent, name, _ in swaps} for swaps in (first, *others)))
         return [swap for swap in first if (id(swap[0]), swap[1]) in common]
+
+
+def _empty(module: nn.Module) -> None:
+    """Leave shapes in place of the numbers of ``module`` itself."""
+    for name, parameter in module.named_parameters(recurse=False):
+        shape = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        module._parameters[name] = nn.Parameter(shape, requires_grad=parameter.requires_grad)
+    for name, buffer in module.named_buffers(recurse=False):
+        module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
