@@ -64,6 +64,11 @@ class ParallelConfig(Config):
             self.refuse_without_effect(("sequence_parallel_kind",), "without --sequence_parallel_size")
         if self.pipeline_model_parallel_size == 1 and self.strategy != "megatron":
             self.refuse_without_effect(("pipeline_schedule",), "without --pipeline_model_parallel_size")
+        if self.pipeline_schedule == "interleaved" and self.virtual_pipeline_model_parallel_size == 1:
+            raise ConfigError(
+                "--pipeline_schedule interleaved needs several runs of blocks in each process",
+                hint="--virtual_pipeline_model_parallel_size 2, or --pipeline_schedule 1f1b",
+            )
         if self.pipeline_schedule != "interleaved" and self.strategy != "megatron":
             self.refuse_without_effect(("virtual_pipeline_model_parallel_size",), "without --pipeline_schedule interleaved")
 

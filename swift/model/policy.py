@@ -126,6 +126,10 @@ class Policy:
         hidden_BTD, balance = self._decode(batch)
         return hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, batch.kept_K), balance
 
+    def decode(self, batch: Batch) -> Tensor:
+        """(B, T, D) the decoder's hidden states, or logits if the head cannot be told apart: what a loss is taken from."""
+        return self._decode(batch)[0]
+
     def _decode(self, batch: Batch) -> tuple[Tensor, Any]:
         """(hidden states (B, T, D), or logits if the head cannot be told apart; the load-balancing loss if it is wanted)."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}

@@ -15,7 +15,7 @@ from swift.files import save_torch
 from swift.model.batch import Batch
 from swift.objectives.base import Objective
 from swift.parallel import state
-from swift.parallel.base import Sums, accumulate
+from swift.parallel.base import Sums, accumulate, evaluate
 from swift.parallel.world import World
 
 SMALLEST_SCALE = 2.0**-14
@@ -51,6 +51,9 @@ class Single:
 
     def accumulate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch], count: float) -> Sums:
         return accumulate(self, policy, objective, reference, batches, count, self.device)
+
+    def evaluate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch]) -> Sums:
+        return evaluate(self, policy, objective, reference, batches, self.device)
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()

@@ -103,7 +103,8 @@ def _save_whole(model: Any, strategy: Strategy, tuner: Tuner, folder: Path, max_
     kept = tuner.kept(model)
     state = strategy.whole(model, only=None if kept is None else kept.__contains__)
     if writes:
-        with _seen_whole(model, state):
+        pipeline = getattr(strategy, "pipeline", None)
+        with pipeline.stages.seen_whole() if pipeline is not None else contextlib.nullcontext(), _seen_whole(model, state):
             tuner.save(model, folder, max_shard_size=max_shard_size)
 
 

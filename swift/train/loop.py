@@ -1,5 +1,6 @@
 """The training loop. It knows nothing of losses, models or parallelism."""
 
+import itertools
 import math
 import queue
 import signal
@@ -19,6 +20,7 @@ from swift.parallel.base import Strategy, Sums
 from swift.train.state import TrainState
 
 T = TypeVar("T")
+AT_ONCE = 32  # forward passes of an evaluation that a strategy is given together; a pipeline is filled and drained once for them
 
 
 @dataclass
@@ -65,7 +67,6 @@ def evaluate(
     *,
     objective: Objective,
     strategy: Strategy,
-    device: torch.device,
     reference: Any = None,
 ) -> dict[str, float]:
     """eval_loss and the objective's metrics over all ``batches`` of all processes: sums divided once."""
@@ -74,11 +75,10 @@ def evaluate(
     model.eval()
     sums, count = Sums(), 0.0
     begin = time.monotonic()
-    for batch in batches:
+    while parts := list(itertools.islice(batches, AT_ONCE)):
         progress.mark(phase="evaluate")
-        with strategy.autocast():
-            sums.add(*strategy.call(objective.loss_sum, policy, reference, batch.to(device)))
-        count += objective.count(batch)
+        sums.include(strategy.evaluate(policy, objective, reference, parts))
+        count += sum(objective.count(batch) for batch in parts)
     model.train(was_training)
     names = sorted(sums.metrics)
     count, loss_sum, *values = strategy.add([count, float(sums.loss), *(float(sums.metrics[name]) for name in names)])

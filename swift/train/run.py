@@ -30,7 +30,7 @@ from swift.parallel.world import World, join
 from swift.train import checkpoint as checkpoints
 from swift.train import reference as references
 from swift.train import report
-from swift.train.activations import choose_checkpointing
+from swift.train.activations import choose_checkpointing, largest_pass
 from swift.train.build import autocast_dtype, choose_flat, load_for_training
 from swift.train.checkpoint import check_resumable, load_optimizer
 from swift.train.compile import compile_blocks
@@ -125,10 +125,11 @@ class Session:
         self.is_new_best = False
         if config.report_samples and config.changes_base and world.is_main:
             self.before = report.answers(loaded.model, self.tokenizer, data, config)
-        self.strategy = make_strategy(config, arrangement, world, self.device, autocast_dtype(config, loaded.dtype))
-        self.reader, self.is_split = arrangement.reader(world.rank), self.strategy.shards
         second = references.load_second_model(config, loaded, reference.path if reference else None)
         self.is_flat = all([choose_flat(config, model) for model in (loaded.model, second) if model is not None])
+        dtype, (tokens, _) = autocast_dtype(config, loaded.dtype), largest_pass(config, steps, is_flat=self.is_flat)
+        self.strategy = make_strategy(config, arrangement, world, self.device, dtype, tokens=tokens, is_flat=self.is_flat)
+        self.reader, self.is_split = arrangement.reader(world.rank), self.strategy.shards
         if not config.torch_compile:
             use_lean_norms(loaded.model)
         if reference is not None and config.precompute_ref_log_probs:  # type: ignore[attr-defined]
@@ -248,8 +249,7 @@ class Session:
         values: dict[str, float] = {}
         if self.data.validation is not None:
             parts = (batch for examples in self._evaluation_passes(self.data.validation) for batch in self._collate([examples]))
-            how: dict[str, Any] = {"objective": self.objective, "strategy": self.strategy, "device": self.device}
-            values = evaluate(self.policy, parts, reference=self.reference, **how)
+            values = evaluate(self.policy, parts, objective=self.objective, strategy=self.strategy, reference=self.reference)
         if self.tasks is not None:
             progress.unwatch("evaluate tasks")
             own = evaluate_tasks(self.tasks, self.loaded, self.model, is_compiled=self.config.torch_compile) if self.world.is_main else {}
