@@ -17,8 +17,10 @@ from swift.errors import ModelError
 from swift.model.attention import Root, packed_inputs, use_packed_attention
 from swift.model.batch import Batch
 from swift.model.chunked import Head, chunked_cross_entropy
+from swift.model.collectives import sum_gradient
 from swift.model.layout import Layout
 from swift.model.noise import tell_lengths
+from swift.model.vocabulary import VocabularyPart, local, vocabulary_part
 
 # B rows, T tokens of a row, K positions whose prediction is wanted, D model width, C positions of a part, V vocabulary
 
@@ -39,6 +41,9 @@ class Policy:
         self._output_type: Any = None
         self._root: Root | None = None
         self.has_own_head = self.decoder is not self.inner and self.call(self._head_is_separable)
+        self.part: VocabularyPart | None = None  # of the head, whose vocabulary other processes share
+        if self.has_own_head:
+            self.part = self.call(self._own_part)
         self._is_product = self.has_own_head and self.call(self._head_is_product)
         self.packed_head: Head | None = None  # what an engine that packs the weights has put in its place
 
@@ -62,15 +67,17 @@ class Policy:
         hidden_BTD, balance = self._decode(batch)
         hidden_KD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, batch.kept_K)
         parameters = list(self.inner.get_output_embeddings().parameters()) if self.has_own_head else []
-        loss, right = chunked_cross_entropy(
-            self.head,
-            parameters,
-            hidden_KD,
-            batch.row_S,
-            batch.target_S,
-            batch.weight_S,
-            vocabulary=self.inner.config.get_text_config().vocab_size,
-        )
+        head, part, predictions = self.head, self.part, (batch.row_S, batch.target_S, batch.weight_S)
+        if part is None:
+            vocabulary = self.inner.config.get_text_config().vocab_size
+            loss, right = chunked_cross_entropy(head, parameters, hidden_KD, *predictions, vocabulary=vocabulary)
+        else:
+            if isinstance(head, Tensor):
+                head = local(self.inner.get_output_embeddings().weight)
+                parameters = [head]
+            hidden_KD = sum_gradient(hidden_KD, part.group)
+            with part.alone():
+                loss, right = chunked_cross_entropy(head, parameters, hidden_KD, *predictions, vocabulary=part.largest, part=part)
         if balance is not None:
             loss = loss + self.router_aux_loss_coef * (batch.weight_S != 0).sum() * balance
         return loss, right
@@ -91,7 +98,12 @@ class Policy:
 
     def logits_of(self, hidden_KD: Tensor) -> Tensor:
         """(K, V) logits of what ``states`` gave."""
-        return hidden_KD @ self.head.T if isinstance(self.head, Tensor) else self.head(hidden_KD)
+        if not isinstance(self.head, Tensor):
+            return self.head(hidden_KD)
+        if self.part is None:
+            return hidden_KD @ self.head.T
+        logits_KV: Tensor = self.inner.get_output_embeddings()(hidden_KD)
+        return logits_KV
 
     @contextlib.contextmanager
     def root(self, ids_P: Tensor | None, document_length: int | None = None) -> Iterator[None]:
@@ -182,11 +194,30 @@ class Policy:
         layer = self.inner.get_output_embeddings()
         if type(layer) is not nn.Linear or layer.bias is not None:
             return False
-        weight = layer.weight
+        if self.part is None and vocabulary_part(layer) is not None:
+            return False
+        weight, part = local(layer.weight), self.part
         states = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
         sizes = [states * size / (states @ weight.T).abs().max().clamp_min(1e-6) for size in (1.0, 1000.0)]
+        with evaluating(self.inner), part.alone() if part is not None else contextlib.nullcontext():
+            is_product = all(is_close(self._head(some), some @ weight.T, exactly=True) for some in sizes)
+        return is_product if part is None else part.all_agree(is_product, weight.device)
+
+    @torch.no_grad()
+    def _own_part(self) -> VocabularyPart | None:
+        """This process's part of the vocabulary, if the logits of a part can be had alone: what follows the product acts on each."""
+        layer = self.inner.get_output_embeddings()
+        part = vocabulary_part(layer)
+        if part is None:
+            return None
+        embedding = self.inner.get_input_embeddings().weight
+        states = torch.randn(3, embedding.shape[1], generator=torch.Generator().manual_seed(0)).to(embedding.device, embedding.dtype)
         with evaluating(self.inner):
-            return all(is_close(self._head(some), some @ weight.T, exactly=True) for some in sizes)
+            wanted = self._head(states)[:, part.first : part.first + part.size]
+            with part.alone():
+                found = self._head(states)
+        is_apart = found.shape == wanted.shape and is_close(found, wanted, exactly=True)
+        return part if part.all_agree(is_apart, wanted.device) else None
 
 
 def packing_fault(model: Any) -> str | None:
