@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from swift.model.collectives import Group, gather_last, split_last, sum_gradient, sum_parts
 from swift.model.vocabulary import VocabularyPart, local
+from swift.parallel.tensor.whole import packed, packed_parameters
 
 
 class Entrance:
@@ -48,7 +49,8 @@ class Local:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         parameters: dict[str, Any] = self.module._parameters
         kept = {name: parameter for name, parameter in parameters.items() if isinstance(parameter, DTensor)}
-        parameters.update((name, self.part(parameter)) for name, parameter in kept.items())
+        dims = packed_parameters(self.module)
+        parameters.update((name, packed(self.part(parameter), dims.get(name))) for name, parameter in kept.items())
         try:
             return self.original(*args, **kwargs)
         finally:
@@ -140,6 +142,22 @@ class Experts(Local):
         routed = [sum_gradient(each, self.group) if each.is_floating_point() else each for each in args]
         out: Tensor = super().__call__(sum_gradient(hidden, self.group), *routed, **kwargs)
         return sum_parts(out, self.group)
+
+
+class RotaryKey(Local):
+    """The layer of latent attention (MLA) whose last ``width`` outputs are the key that all heads rotate.
+
+    The rest enters a split layer, which sums its gradient; these go to this process's heads as they are.
+    """
+
+    def __init__(self, layer: nn.Module, group: Group, width: int) -> None:
+        super().__init__(layer, group)
+        self.width = width
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = super().__call__(*args, **kwargs)
+        latent, key = out.split([out.shape[-1] - self.width, self.width], dim=-1)
+        return torch.cat([latent, sum_gradient(key, self.group)], dim=-1)
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:

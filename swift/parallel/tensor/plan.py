@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from swift.errors import ConfigError
 
@@ -45,12 +44,19 @@ class Plan:
     experts: list[Any] = field(default_factory=list)
     partial: list[Any] = field(default_factory=list)
     """Modules that are replicated, and see this process's heads alone: their gradients are parts of a sum."""
-    placements: dict[int, Placement] = field(default_factory=dict)
+    rotary: list[tuple[Any, int]] = field(default_factory=list)
+    """Layers of latent attention whose last outputs, so many, are a key of all heads."""
+    placements: dict[int, Shard] = field(default_factory=dict)
+    packed: dict[int, int] = field(default_factory=dict)
+    """Parameters, by their id, in which gate and up lie one after the other along a dimension: each of the two is split."""
 
 
 def read_plan(model: Any, size: int) -> Plan:
     """The plan of ``model``, bare, for ``size`` processes; ConfigError where it cannot be followed."""
     styles = _styles(model)
+    for name, module in model.named_modules():
+        if is_adapter_layer(module):
+            check_lora(name, module)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     plan, problems = Plan(), _Problems(size)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -67,6 +73,8 @@ def read_plan(model: Any, size: int) -> Plan:
             plan.experts.append(module)
         elif style == "replicated_with_grad_allreduce":
             plan.partial.append(module)
+        elif style == "mla_kv_a_proj":
+            plan.rotary.append((module, int(model.config.get_text_config().qk_rope_head_dim)))
         else:
             raise ConfigError(f"{OPTION} {size}: the plan of this model has {name} as {style}, which is not built", hint=_without)
     for name, parameter in parameters.items():
@@ -106,7 +114,6 @@ def _add_linear(plan: Plan, problems: "_Problems", model: Any, linear: Linear) -
     layer = linear.module
     base = layer
     if is_adapter_layer(layer):
-        check_lora(linear.name, layer)
         base = layer.base_layer
     if type(base) is not nn.Linear:
         raise ConfigError(
@@ -166,7 +173,7 @@ def _head_width(model: Any, name: str) -> int | None:
 
 def _add_embedding(plan: Plan, name: str, module: Any, size: int) -> None:
     for each in _inner_modules(module):
-        if is_adapter_layer(each) or not isinstance(each, nn.Embedding):
+        if not isinstance(each, nn.Embedding):
             raise ConfigError(f"{OPTION} {size}: {name} is a {type(each).__name__}, which cannot be split", hint="leave embeddings untuned")
         plan.embeddings.append(each)
         plan.placements[id(each.weight)] = Shard(0)
@@ -179,7 +186,10 @@ def _add_parameter(plan: Plan, problems: "_Problems", name: str, parameter: nn.P
     if parameter.dim() == 1 and style in ("rowwise", "packed_rowwise"):  # a bias: added after the sum
         return
     problems.add(name, parameter.shape[dim] // (2 if is_packed else 1), "rows" if dim == parameter.dim() - 2 else "columns")
-    plan.placements[id(parameter)] = _StridedShard(dim, split_factor=2) if is_packed else Shard(dim)
+    plan.placements[id(parameter)] = Shard(dim)
+    if is_packed:
+        plan.placements[id(parameter)] = Shard(dim + 1)
+        plan.packed[id(parameter)] = dim
 
 
 def _follow_ties(plan: Plan, head: Any, embedding: Any, size: int) -> None:

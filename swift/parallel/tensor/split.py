@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
+from torch.distributed.tensor.placement_types import Placement, Shard
 
 from swift.errors import ConfigError
 from swift.model.collectives import Group, chunk_size
 from swift.model.policy import evaluating, is_close, probe_ids
 from swift.model.vocabulary import VocabularyPart, all_agree
-from swift.parallel.tensor.layers import Columns, Embedding, Entrance, Experts, Local, Plain, Rows, SplitInput
-from swift.parallel.tensor.plan import OPTION, Linear, Plan, check_lora, is_adapter_layer, read_plan
+from swift.parallel.tensor.layers import Columns, Embedding, Entrance, Experts, Local, Plain, RotaryKey, Rows, SplitInput
+from swift.parallel.tensor.plan import OPTION, Linear, Plan, read_plan
+from swift.parallel.tensor.whole import packed_parameters, unpacked
 
 # Gradients of replicated weights are compared if they have no more numbers than this: norms, routers, LoRA's factors.
 MOST_NUMBERS = 2**20
@@ -31,9 +32,6 @@ def split_layers(model: Any, mesh: DeviceMesh) -> None:
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     group = mesh.get_group()
-    for name, module in inner.named_modules():
-        if is_adapter_layer(module):
-            check_lora(name, module)
     plan = read_plan(inner, mesh.size())
     trial = _Trial(inner, plan)
     wanted = trial.run()
@@ -51,27 +49,23 @@ def _distribute(model: Any, plan: Plan, mesh: DeviceMesh) -> None:
             if parameter is None or isinstance(parameter, DTensor):
                 continue
             if id(parameter) not in made:
-                placement = plan.placements.get(id(parameter), Replicate())
-                made[id(parameter)] = nn.Parameter(_as_dtensor(parameter.detach(), mesh, placement), requires_grad=parameter.requires_grad)
+                tensor = unpacked(parameter.detach(), plan.packed.get(id(parameter)))
+                shared = _as_dtensor(tensor, mesh, plan.placements.get(id(parameter), Replicate()))
+                made[id(parameter)] = nn.Parameter(shared, requires_grad=parameter.requires_grad)
                 kept.append(parameter)
+            if id(parameter) in plan.packed:
+                module.packed_parameters = {**packed_parameters(module), name: plan.packed[id(parameter)]}
             module._parameters[name] = made[id(parameter)]
 
 
-def _as_dtensor(whole: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
-    own = whole
-    if isinstance(placement, (Shard, _StridedShard)):
-        own = _own_part(whole, placement.dim, mesh, factor=getattr(placement, "split_factor", 1))
-    return DTensor.from_local(own, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.contiguous().stride())
-
-
-def _own_part(whole: Tensor, dim: int, mesh: DeviceMesh, *, factor: int) -> Tensor:
-    """A copy of this process's chunk of ``whole``, or of each of the ``factor`` parts that lie one after the other along ``dim``."""
-    parts = []
-    for packed in whole.chunk(factor, dim):
-        length = chunk_size(packed.shape[dim], mesh.size())
-        first = min(mesh.get_local_rank() * length, packed.shape[dim])
-        parts.append(packed.narrow(dim, first, min(length, packed.shape[dim] - first)))
-    return torch.cat(parts, dim).contiguous() if factor > 1 else parts[0].clone(memory_format=torch.contiguous_format)
+def _as_dtensor(tensor: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
+    own = tensor
+    if isinstance(placement, Shard):
+        length = chunk_size(tensor.shape[placement.dim], mesh.size())
+        first = min(mesh.get_local_rank() * length, tensor.shape[placement.dim])
+        own = tensor.narrow(placement.dim, first, min(length, tensor.shape[placement.dim] - first))
+        own = own.clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(own, mesh, [placement], run_check=False, shape=tensor.shape, stride=tensor.contiguous().stride())
 
 
 def _replace(model: Any, plan: Plan, group: Group) -> None:
@@ -91,6 +85,8 @@ def _replace(model: Any, plan: Plan, group: Group) -> None:
         put(experts, Experts(experts, group))
     for module in plan.partial:
         put(module, Local(module, group, is_partial=True))
+    for module, width in plan.rotary:
+        put(module, RotaryKey(module, group, width))
     for module in model.modules():
         if id(module) not in done and any(parameter is not None for parameter in module._parameters.values()):
             put(module, Local(module, group))
