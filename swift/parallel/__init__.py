@@ -2,4 +2,8 @@
 
 from swift.registry import Registry
 
-STRATEGIES = Registry("strategy", {"single": "swift.parallel.single:Single"}, group="swift.strategy")
+STRATEGIES = Registry(
+    "strategy",
+    {"single": "swift.parallel.single:Single", "megatron": "swift.parallel.megatron.strategy:Megatron"},
+    group="swift.strategy",
+)
