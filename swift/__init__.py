@@ -10,6 +10,7 @@ _LAZY = {
     "load_dataset": "swift.api",
     "sft": "swift.api",
     "pt": "swift.api",
+    "rlhf": "swift.api",
     "infer": "swift.api",
     "merge_lora": "swift.api",
     "export_model": "swift.api",

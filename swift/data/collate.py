@@ -12,7 +12,19 @@ from swift.errors import ConfigError
 from swift.model.batch import Batch
 
 IGNORED = -100
-Example = Mapping[str, Any]  # input_ids, labels, and weights or none
+Example = Mapping[str, Any]  # input_ids, labels, and weights or none; of a pair chosen and rejected
+
+
+def documents(examples: Sequence[Example]) -> list[Example]:
+    """The sequences of ``examples`` in order; a pair is two of them, the chosen one and then the rejected one."""
+    found: list[Example] = []
+    for example in examples:
+        if "chosen" not in example:
+            found.append(example)
+            continue
+        logps = example.get("reference_logps", (None, None))
+        found += [{**example[side], "reference_logps": logp} for side, logp in zip(("chosen", "rejected"), logps, strict=True)]
+    return found
 
 
 def flat_batches(passes: Sequence[Sequence[Example]], *, share: bool = True, root: bool = True) -> list[Batch]:
@@ -21,6 +33,7 @@ def flat_batches(passes: Sequence[Sequence[Example]], *, share: bool = True, roo
     The largest one comes first, so that the memory it leaves is enough for each of the others.
     """
     shared = 0
+    passes = [documents(part) for part in passes]
     if share and root and len(passes) > 1:
         examples = [example for part in passes for example in part]
         shared = common_root([_array(example["input_ids"]) for example in examples], [_array(example["labels"]) for example in examples])
@@ -32,8 +45,10 @@ def flat_batch(examples: Sequence[Example], *, share: bool = True, root: int = 0
 
     The first ``root`` tokens, the same of all examples, are left out: they are ``root_ids``.
     """
+    examples = documents(examples)
     whole = [_array(example["input_ids"]) for example in examples]
     num_tokens = _tokens(examples)
+    before = _reference_logps(examples)
     flat = flatten([ids[root:] for ids in whole], share=share, root=root)
     if root:
         examples = [{name: example[name][root:] for name in ("labels", "weights") if example.get(name) is not None} for example in examples]
@@ -44,6 +59,7 @@ def flat_batch(examples: Sequence[Example], *, share: bool = True, root: int = 0
         num_documents=len(examples),
         root_ids=torch.from_numpy(whole[0][:root].copy()) if root else None,
         num_tokens=num_tokens,
+        reference_logps=before,
         **_predictions(examples, flat.places),
     )
 
@@ -67,6 +83,7 @@ def padded_batch(
     """Rows (B, T) of the longest example's length, or the next multiple of ``pad_to_multiple_of``."""
     if padding_side not in ("right", "left"):
         raise ConfigError(f"padding_side is {padding_side!r}", hint="use right or left")
+    examples = documents(examples)
     lengths = [len(example["input_ids"]) for example in examples]
     step = pad_to_multiple_of or 1
     width = -(-max(lengths) // step) * step
@@ -83,8 +100,15 @@ def padded_batch(
         attention_mask=torch.from_numpy(attention_mask),
         num_documents=len(examples),
         num_tokens=_tokens(examples),
+        reference_logps=_reference_logps(examples),
         **_predictions(examples, places),
     )
+
+
+def _reference_logps(examples: Sequence[Example]) -> torch.Tensor | None:
+    """What each example brings of them; None unless all do."""
+    values = [example.get("reference_logps") for example in examples]
+    return None if any(value is None for value in values) else torch.tensor(values, dtype=torch.float32)
 
 
 def _predictions(examples: Sequence[Example], places: Sequence[np.ndarray]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ def data_inspect(config: DataInspectConfig) -> None:
 
     loaded = load_records(
         config.dataset,
+        want="sft" if config.rlhf_type is None else "preference",
         columns=config.columns,
         strict=config.strict,
         max_rejected=1.0,
@@ -35,6 +36,7 @@ def data_inspect(config: DataInspectConfig) -> None:
     encoded = encode(
         loaded.train,
         tokenizer,
+        objective="sft" if config.rlhf_type is None else "preference",
         max_length=config.max_length or context_length(snapshot.path),
         truncation_strategy=config.truncation_strategy,
         use_chat_template=config.use_chat_template is not False,

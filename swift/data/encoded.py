@@ -1,6 +1,7 @@
 """The encoded data set: flat arrays of ids, labels and weights, read from memory or from memory-mapped files."""
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,12 @@ class Encoded:
     """Examples of token ids.
 
     ``encoded[i]`` is ``{"input_ids", "labels", "weights"}`` (numpy arrays; weights is None if all are 1), with
-    ``label``, ``margin`` and ``channel`` if the row has them. Of a pair it is ``{"chosen", "rejected"}`` of those.
+    ``label``, ``margin`` and ``channel`` if the row has them. Of a pair it is ``{"chosen", "rejected"}`` of those, with
+    ``reference_logps`` (of both) once they are known.
     """
+
+    reference_logps: npt.NDArray[np.float32] | None = None
+    """(pairs, 2): log-probabilities of the chosen and of the rejected sequence, that another model gives them."""
 
     def __init__(self, arrays: dict[str, npt.NDArray[Any]], meta: dict[str, Any], path: Path | None = None) -> None:
         self._ids, self._labels, self._weights = arrays["input_ids"], arrays["labels"], arrays.get("weights")
@@ -61,6 +66,8 @@ class Encoded:
         example: dict[str, Any]
         if self.is_paired:
             example = {"chosen": self._sequence(2 * index), "rejected": self._sequence(2 * index + 1)}
+            if self.reference_logps is not None:
+                example["reference_logps"] = tuple(self.reference_logps[index].tolist())
         else:
             example = self._sequence(index)
         if self._extras is not None:
@@ -71,6 +78,13 @@ class Encoded:
         part = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
         weights = None if self._weights is None else self._weights[part]
         return {"input_ids": self._ids[part], "labels": self._labels[part], "weights": weights}
+
+    def digest(self) -> str:
+        """Of the tokens, the labels and their weights: equal for examples that a model cannot tell apart."""
+        sha = hashlib.sha256()
+        for array in (self._offsets, self._ids, self._labels, self._weights):
+            sha.update(b"none" if array is None else np.ascontiguousarray(array).data)
+        return sha.hexdigest()
 
     @functools.cached_property
     def lengths(self) -> npt.NDArray[np.int64]:

@@ -190,10 +190,21 @@ def _preference_fault(record: Record) -> str | None:
     reason = _answer_fault(record.rejected, "the rejected conversation")
     if reason is not None:
         return reason
+    if not any(message.role == "user" for message in record.rejected):
+        return "the rejected conversation has no user message"
     chosen, rejected = ([message.for_template() for message in side] for side in (record.messages, record.rejected))
     if chosen == rejected:
         return "the rejected answer equals the chosen one"
-    return None
+    return _prompts_fault(chosen, rejected)
+
+
+def _prompts_fault(chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> str | None:
+    """Both sides have to answer the same: all up to the last message of the user. What an agent did after it may differ."""
+    ends = [max(at for at, message in enumerate(side) if message["role"] == "user") + 1 for side in (chosen, rejected)]
+    if chosen[: ends[0]] == rejected[: ends[1]]:
+        return None
+    same = next((at for at, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(ends))
+    return f"the chosen and the rejected conversation differ before the last question, from message {same + 1} on"
 
 
 def _kto_fault(record: Record) -> str | None:

@@ -31,6 +31,7 @@ class Batch:
     document_S: Tensor  # int64: to which document of the batch a prediction belongs
     num_documents: int
     num_tokens: int  # of the documents, as if nothing were shared; padding is none
+    reference_logps: Tensor | None = None  # (num_documents,) float32: of another model, if they were computed before
 
     def to(self, device: torch.device) -> "Batch":
         tensors: dict[str, Any] = {

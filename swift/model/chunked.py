@@ -1,6 +1,6 @@
 """Cross-entropy without full logits: the head runs on some positions at a time, and each part's gradient is taken at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def chunked_cross_entropy(
     2024, arXiv:2410.10989, do on a GPU), so that no logits are kept and none are computed twice. ``row_S`` must be ascending.
     """
     result: tuple[Tensor, Tensor] = _ChunkedCrossEntropy.apply(
-        head.detach() if isinstance(head, Tensor) and _has_product(head, hidden_KD) else head,
+        detached(head, hidden_KD),
         vocabulary,
         torch.is_grad_enabled(),
         hidden_KD,
@@ -60,6 +60,11 @@ def most_bytes(head: Head | Tensor, positions: int, vocabulary: int, device: tor
 def _most_positions(vocabulary: int) -> int:
     """Positions of a product's part."""
     return _aligned(max(BUFFER_BYTES // (4 * vocabulary), LEAST_POSITIONS))
+
+
+def detached(head: Head | Tensor, hidden: Tensor) -> Head | Tensor:
+    """``head`` as a part takes it: a weight whose gradient the part computes itself is no variable of its graph."""
+    return head.detach() if isinstance(head, Tensor) and _has_product(head, hidden) else head
 
 
 def _has_product(weight: Tensor, hidden: Tensor) -> bool:
@@ -84,23 +89,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grads = [torch.zeros_like(parameter) for parameter in parameters] if needs_grad else []
         loss = hidden.new_zeros((), dtype=torch.float32)
         right = hidden.new_zeros((), dtype=torch.float32)
-        if isinstance(head, Tensor) and _has_product(head, hidden):
-            part_of: _Product | _AnyHead = _Product(head, grads, len(hidden), _most_positions(vocabulary))
-        else:
-            most = (CPU_CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES) // (4 * vocabulary)
-            part_of = _AnyHead(head, parameters, grads, max(most, 1))
-        starts = list(range(0, len(hidden), part_of.size))
-        ends = torch.searchsorted(row, torch.tensor([*starts[1:], len(hidden)][: len(starts)], device=row.device)).tolist()
-        first = 0
-        for start, last in zip(starts, ends, strict=True):
-            part = slice(start, min(start + part_of.size, len(hidden)))
-            predictions = row[first:last] - start, target[first:last], weight[first:last]
+        part_of = part_maker(head, parameters, grads, hidden, vocabulary)
+        for part, some in parts(part_of.size, len(hidden), row):
+            predictions = row[some] - part.start, target[some], weight[some]
             part_loss, part_right, gradient = part_of(hidden[part].detach(), *predictions, needs_grad=needs_grad)
-            loss += part_loss
+            loss += part_loss.sum()
             right += part_right
             if grad_hidden is not None and gradient is not None:
                 grad_hidden[part] = gradient
-            first = last
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden, *grads)
         ctx.mark_non_differentiable(right)
@@ -112,8 +108,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (None, None, None, grad_hidden, None, None, None, *grads)
 
 
+def part_maker(
+    head: Head | Tensor, parameters: Sequence[Tensor], grads: list[Tensor], hidden: Tensor, vocabulary: int
+) -> "_Product | _AnyHead":
+    """What computes a part of ``hidden`` (K, D); its gradients by ``parameters`` are added to ``grads``."""
+    if isinstance(head, Tensor) and _has_product(head, hidden):
+        return _Product(head, grads, len(hidden), _most_positions(vocabulary))
+    most = (CPU_CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES) // (4 * vocabulary)
+    return _AnyHead(head, parameters, grads, max(most, 1))
+
+
+def parts(size: int, count: int, row_S: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(positions, their predictions) of each ``size`` of ``count`` positions; ``row_S`` is ascending."""
+    starts = list(range(0, count, size))
+    ends = torch.searchsorted(row_S, torch.tensor([*starts[1:], count][: len(starts)], device=row_S.device)).tolist()
+    first = 0
+    for start, last in zip(starts, ends, strict=True):
+        yield slice(start, min(start + size, count)), slice(first, last)
+        first = last
+
+
 class _AnyHead:
-    """The loss of ``size`` positions, its gradient by their hidden states, and in ``grads`` those by ``parameters``."""
+    """The losses of the predictions of ``size`` positions, and their sum's gradient by hidden states; in ``grads`` by ``parameters``."""
 
     def __init__(self, head: Head | Tensor, parameters: Sequence[Tensor], grads: list[Tensor], size: int) -> None:
         self.head, self.parameters, self.grads, self.size = head, parameters, grads, size
@@ -156,7 +172,7 @@ class _Product:
         wanted_S = logits_VC[target, row]
         powers_VC = logits_VC.sub_(most_C).exp_()
         sum_C = powers_VC.sum(dim=0)
-        loss = (weight * ((most_C + sum_C.log())[row] - wanted_S)).sum()
+        loss = weight * ((most_C + sum_C.log())[row] - wanted_S)
         right = ((wanted_S == most_C[row]) & (weight != 0)).sum().float()
         if not needs_grad:
             return loss, right, None
@@ -174,14 +190,17 @@ def _aligned(positions: int) -> int:
 def _loss_and_gradient(
     logits_CV: Tensor, row_S: Tensor, target_S: Tensor, weight_S: Tensor, *, needs_grad: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The loss of some positions, its gradient by their logits (the softmax less the targets, weighted), and the right ones."""
+    """(loss of each prediction of some positions, gradient of their sum by the logits, number of right ones).
+
+    The gradient is the softmax less the targets, weighted.
+    """
     logits = logits_CV.float()
     likeliest_C = logits.argmax(dim=-1, keepdim=True)
     probabilities = logits.softmax(dim=-1)
     # The largest probability is never small, so its logarithm is exact to the last digits. That the softmax adds up its
     # many terms one by one costs it some digits: what is missing to 1 corrects for that.
     lse_C = (logits.gather(1, likeliest_C) - probabilities.gather(1, likeliest_C).log()).squeeze(1) + probabilities.sum(dim=-1).log()
-    loss = (weight_S * (lse_C[row_S] - logits[row_S, target_S])).sum()
+    loss = weight_S * (lse_C[row_S] - logits[row_S, target_S])
     is_right_S = (likeliest_C.squeeze(1)[row_S] == target_S) & (weight_S != 0)
     if not needs_grad:
         return None, loss, is_right_S.sum().float()

@@ -18,6 +18,7 @@ from swift.model.attention import Root, packed_inputs, use_packed_attention
 from swift.model.batch import Batch
 from swift.model.chunked import Head, chunked_cross_entropy
 from swift.model.layout import Layout
+from swift.model.logps import chunked_logps
 from swift.model.noise import tell_lengths
 
 # B rows, T tokens of a row, K positions whose prediction is wanted, D model width, C positions of a part, V vocabulary
@@ -59,21 +60,19 @@ class Policy:
 
         A mixture of experts adds ``router_aux_loss_coef`` times its load-balancing loss for each prediction that counts.
         """
-        hidden_BTD, balance = self._decode(batch)
-        hidden_KD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, batch.kept_K)
-        parameters = list(self.inner.get_output_embeddings().parameters()) if self.has_own_head else []
-        loss, right = chunked_cross_entropy(
-            self.head,
-            parameters,
-            hidden_KD,
-            batch.row_S,
-            batch.target_S,
-            batch.weight_S,
-            vocabulary=self.inner.config.get_text_config().vocab_size,
-        )
+        hidden_KD, balance = self._kept(batch)
+        predictions = batch.row_S, batch.target_S, batch.weight_S
+        loss, right = chunked_cross_entropy(self.head, self._head_parameters(), hidden_KD, *predictions, vocabulary=self._vocabulary)
         if balance is not None:
             loss = loss + self.router_aux_loss_coef * (batch.weight_S != 0).sum() * balance
         return loss, right
+
+    def logps(self, batch: Batch) -> Tensor:
+        """(num_documents,) float32: the sum of weight times log p(target) over the predictions of each document."""
+        hidden_KD, _ = self._kept(batch)
+        predictions = batch.row_S, batch.target_S
+        logps_S = chunked_logps(self.head, self._head_parameters(), hidden_KD, *predictions, vocabulary=self._vocabulary)
+        return logps_S.new_zeros(batch.num_documents).index_add(0, batch.document_S, logps_S * batch.weight_S)
 
     def logits(self, rows_K: Tensor, **inputs: Any) -> Tensor:
         """(K, V) logits at places ``rows_K`` of the one row that ``inputs`` of the decoder describe."""
@@ -114,6 +113,22 @@ class Policy:
                 self._root.backward()
         finally:
             self._root = None
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.inner.config.get_text_config().vocab_size)
+
+    def _head_parameters(self) -> list[Tensor]:
+        return list(self.inner.get_output_embeddings().parameters()) if self.has_own_head else []
+
+    def _kept(self, batch: Batch) -> tuple[Tensor, Any]:
+        """(hidden states (K, D) of the positions that predict something, the load-balancing loss if it is wanted)."""
+        hidden_BTD, balance = self._decode(batch)
+        return hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, batch.kept_K), balance
+
+    def decode(self, batch: Batch) -> Tensor:
+        """(B, T, D) the decoder's hidden states, or logits if the head cannot be told apart: what a loss is taken from."""
+        return self._decode(batch)[0]
 
     def _decode(self, batch: Batch) -> tuple[Tensor, Any]:
         """(hidden states (B, T, D), or logits if the head cannot be told apart; the load-balancing loss if it is wanted)."""

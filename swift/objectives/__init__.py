@@ -2,4 +2,4 @@
 
 from swift.registry import Registry
 
-OBJECTIVES = Registry("objective", {"sft": "swift.objectives.sft:Sft"}, group="swift.objective")
+OBJECTIVES = Registry("objective", {"sft": "swift.objectives.sft:Sft", "dpo": "swift.objectives.dpo:Dpo"}, group="swift.objective")

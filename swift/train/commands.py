@@ -12,7 +12,7 @@ from swift.model.checkpoints import ARGS_FILE, checkpoints_in, find_checkpoint
 
 
 def run_training(config: SftConfig) -> Any:
-    """swift sft, swift pt."""
+    """swift sft, swift pt, swift rlhf."""
     from swift.train.run import train
 
     return train(config)

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from swift import console
-from swift.config.commands import PtConfig, SftConfig
-from swift.config.train import LOSS_METRICS
+from swift.config.commands import PtConfig, RlhfConfig, SftConfig
 from swift.data import pool
 from swift.data.encode import Options, encode_with
 from swift.data.encoded import Encoded
@@ -26,6 +25,7 @@ from swift.model.load import context_length
 from swift.model.template import read_system, read_template
 from swift.model.tokenizer import load_tokenizer
 from swift.train.optim import warmup_steps
+from swift.train.reference import reference_text
 from swift.train.state import TrainState
 from swift.train.steps import Steps
 
@@ -162,8 +162,15 @@ def _encode(config: SftConfig, records: Sequence[Record], tokenizer: Any) -> Enc
 
 
 def objective_of(config: SftConfig) -> str:
-    """The kind of rows: "pt" for plain text whose every token is trained, "sft" for conversations."""
+    """The kind of rows: "pt" for plain text whose every token is trained, "sft" for conversations, "preference" for pairs of them."""
+    if isinstance(config, RlhfConfig):
+        return "preference"
     return "pt" if isinstance(config, PtConfig) else "sft"
+
+
+def command_of(rows: str) -> str:
+    """The command that trains on such ``rows``."""
+    return {"preference": "rlhf"}.get(rows, rows)
 
 
 def fill_open_options(
@@ -188,7 +195,7 @@ def fill_open_options(
     if data.validation is None and metrics:
         if not config.said("metric_for_best_model"):
             config.derive("metric_for_best_model", metrics[0], "no validation data")
-        if config.metric_for_best_model.removeprefix("eval_") in LOSS_METRICS:
+        if config.metric_for_best_model.removeprefix("eval_") in config.loss_metrics:
             raise ConfigError(
                 f"--metric_for_best_model {config.metric_for_best_model} needs validation data",
                 hint=f"give --val_dataset, or say --metric_for_best_model {metrics[0]}",
@@ -229,6 +236,7 @@ def plan_rows(config: SftConfig, snapshot: Snapshot, data: Data, steps: Steps, t
         ("packs" if config.packing else "rows", _units_text(config, data, steps)),
         ("steps", _steps_text(config, data, steps)),
         ("tuner", tuner_text(config)),
+        *preference_rows(config),
         ("learning rate", f"{config.learning_rate:g}, {config.lr_scheduler_type}"),
         *(("task", task) for task in tasks),
         ("evaluation", config.eval_strategy if config.eval_strategy != "steps" else f"every {config.eval_steps} steps"),
@@ -239,6 +247,17 @@ def plan_rows(config: SftConfig, snapshot: Snapshot, data: Data, steps: Steps, t
 
 def tuner_text(config: SftConfig) -> str:
     return f"lora, rank {config.lora_rank}, alpha {config.lora_alpha:g}" if config.tuner_type == "lora" else config.tuner_type
+
+
+def preference_rows(config: SftConfig) -> list[tuple[str, str]]:
+    """What pairs are trained by, and compared with."""
+    if not isinstance(config, RlhfConfig):
+        return []
+    weights = config.loss_weights or [1.0] * len(config.loss_type)
+    losses = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(config.loss_type, weights, strict=True))
+    smoothed = f", label smoothing {config.label_smoothing:g}" if config.label_smoothing else ""
+    nll = f", plus {config.rpo_alpha:g} times the cross-entropy of the chosen answer" if config.rpo_alpha is not None else ""
+    return [("objective", f"{config.rlhf_type}, {losses}, beta {config.beta:g}{smoothed}{nll}"), ("reference", reference_text(config))]
 
 
 def training_rows(data: Data) -> list[tuple[str, str]]:

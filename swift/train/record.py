@@ -1,17 +1,21 @@
 """What a run says of itself: which one it goes on from, what it is, and how it ended."""
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from swift import audit, console, hub
 from swift.config.commands import SftConfig
 from swift.config.options import to_dict
+from swift.data.collate import documents
 from swift.data.load import write_rejected
 from swift.errors import ConfigError
 from swift.files import write_json, write_text
 from swift.model.checkpoints import find_checkpoint
 from swift.train import report
-from swift.train.prepare import Data, objective_of
+from swift.train.prepare import Data, command_of, objective_of
 from swift.train.rundir import RunDirectory
 from swift.train.state import TrainResult
 from swift.train.trackers import duration
@@ -25,7 +29,8 @@ def what_to_resume(config: SftConfig) -> tuple[Path | None, Path | None]:
     run, found = find_checkpoint(config.output_dir or "output" if place.lower() == "true" else place)
     kind = _saved(run).get("objective", objective_of(config))
     if kind != objective_of(config) and not config.resume_only_model:
-        raise ConfigError(f"{run} is a run of swift {kind}", hint=f"swift {kind} --resume_from_checkpoint {run}")
+        command = command_of(str(kind))
+        raise ConfigError(f"{run} is a run of swift {command}", hint=f"swift {command} --resume_from_checkpoint {run}")
     if config.resume_only_model:
         if found is None:
             raise ConfigError(f"{run} has no checkpoint whose weights could be taken")
@@ -78,6 +83,15 @@ def _compare(run: RunDirectory, arguments: dict[str, object]) -> None:
     if changed:
         told = ", ".join(f"{name} was {saved[name]}, is {arguments[name]}" for name in changed)
         console.warn(f"this is no longer the run that was begun: {told}")
+
+
+def write_rows(path: Path, step: int, problem: str, passes: Sequence[Sequence[Any]], tokenizer: Any) -> None:
+    """The sequences of a step's forward passes, whole, with what is wrong with them."""
+    rows = []
+    for example in documents(list(itertools.chain.from_iterable(passes))):
+        ids, labels = ([int(value) for value in example[name]] for name in ("input_ids", "labels"))
+        rows.append({"input_ids": ids, "labels": labels, "text": tokenizer.decode(ids)})
+    write_json(path, {"step": step, "problem": problem, "rows": rows})
 
 
 def say_farewell(config: SftConfig, result: TrainResult) -> None:

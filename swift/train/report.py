@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from swift.config.commands import SftConfig
+from swift.config.commands import RlhfConfig, SftConfig
 from swift.data.render import render_prompt
 from swift.engine.base import Sampling
 from swift.engine.transformers import complete
 from swift.files import new_file, write_json, write_text
 from swift.train.memory import peak_memory_gib
-from swift.train.prepare import Data, rows_read, training_rows, tuner_text
+from swift.train.prepare import Data, preference_rows, rows_read, training_rows, tuner_text
 from swift.train.state import TrainState
 from swift.train.tasks import LOWER_IS_BETTER
 from swift.train.trackers import duration
@@ -93,10 +93,11 @@ def _report(config: SftConfig, data: Data, state: TrainState, measured: dict[str
     rows = [
         ("model", config.model),
         ("tuner", tuner_text(config)),
+        *preference_rows(config),
         *(rows_read(data.stream) if data.stream else training_rows(data)),
         ("steps", f"{state.global_step} of {state.max_steps}"),
         ("time in steps", duration(state.train_seconds)),
-        ("speed", f"{state.tokens / seconds:,.0f} tokens/s, {state.supervised_tokens / seconds:,.0f} trained tokens/s"),
+        ("speed", f"{state.tokens / seconds:,.0f} tokens/s, {_items_text(config, state.supervised_tokens / seconds)}"),
         ("computed", computed_text(state)),
         ("peak memory", f"{measured['peak_memory_gib']:.2f} GiB measured"),
         ("validation loss", " -> ".join(f"{line['eval_loss']:.4f}" for line in _first_and_last(evaluations)) or "not measured"),
@@ -110,6 +111,10 @@ def _report(config: SftConfig, data: Data, state: TrainState, measured: dict[str
     if samples:
         parts += ["## Answers before and after", *samples]
     return "\n\n".join(parts) + "\n"
+
+
+def _items_text(config: SftConfig, speed: float) -> str:
+    return f"{speed:,.2f} pairs/s" if isinstance(config, RlhfConfig) else f"{speed:,.0f} trained tokens/s"
 
 
 def tasks_table(state: TrainState, tasks: Sequence[str]) -> str:
@@ -179,7 +184,8 @@ def plot_losses(path: Path, state: TrainState) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    is_of_pairs = any("rewards/margins" in line for line in state.log_history)
+    axes.set_ylabel("loss of a pair" if is_of_pairs else "loss (nats a token)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[1]:

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from swift import audit, console, hub
+from swift import audit, console, hub, progress
 from swift.config.commands import SftConfig
 from swift.config.options import to_dict
 from swift.data.collate import flat_batches, padded_batch
 from swift.data.load import append_rejected, keep_rejected
 from swift.errors import Interrupted, TrainingError
 from swift.evaluate.live import LiveEvaluation
-from swift.files import write_json
 from swift.model.batch import Batch
 from swift.model.checkpoints import adapter_folder, model_reference
 from swift.model.device import choose_device
@@ -26,12 +25,12 @@ from swift.model.load import Loaded
 from swift.model.norms import use_lean_norms
 from swift.model.policy import Policy, probe_ids
 from swift.model.tokenizer import pad_token_id
-from swift.objectives import OBJECTIVES
 from swift.parallel.choose import Arrangement, arrange, make_strategy
 from swift.parallel.world import World, join
 from swift.train import checkpoint as checkpoints
+from swift.train import reference as references
 from swift.train import report
-from swift.train.activations import choose_checkpointing
+from swift.train.activations import choose_checkpointing, largest_pass
 from swift.train.build import autocast_dtype, choose_flat, load_for_training
 from swift.train.checkpoint import check_resumable, load_optimizer
 from swift.train.compile import compile_blocks
@@ -41,13 +40,14 @@ from swift.train.optim import make_optimizer, make_schedule
 from swift.train.prepare import (
     Data,
     advise,
+    command_of,
     fill_open_options,
     objective_of,
     plan_rows,
     prepare_data,
     rows_of_a_step,
 )
-from swift.train.record import describe, say_farewell, what_to_resume
+from swift.train.record import describe, say_farewell, what_to_resume, write_rows
 from swift.train.rundir import RunDirectory, new_run_path
 from swift.train.state import TrainResult, TrainState
 from swift.train.steps import Place, Step, Steps, passes_of, plan_steps
@@ -75,6 +75,7 @@ def _train(config: SftConfig, world: World) -> TrainResult | None:
         snapshot = hub.resolve(
             model_reference(config.model or ""), config.model_revision, use_hf=config.use_hf, token=config.hub_token, offline=config.offline
         )
+        reference = references.find_reference(config, snapshot)
     fill_open_options(config, snapshot, readers=arrangement.readers)
     with world.main_first():
         data = prepare_data(config, snapshot)
@@ -91,8 +92,8 @@ def _train(config: SftConfig, world: World) -> TrainResult | None:
         if world.is_main:
             describe(run, config, snapshot, data, is_resumed=resume_run is not None)
         loaded = load_for_training(config, snapshot.path, device="cpu" if arrangement.is_sharded else config.device)
-        session = Session(config, run, data, steps, loaded, tasks, world=world, arrangement=arrangement, resume_from=resume_from)
-        result = session.run_to_end()
+        how: dict[str, Any] = {"world": world, "arrangement": arrangement, "resume_from": resume_from, "reference": reference}
+        result = Session(config, run, data, steps, loaded, tasks, **how).run_to_end()
     say_farewell(config, result)
     return result
 
@@ -112,32 +113,40 @@ class Session:
         world: World,
         arrangement: Arrangement,
         resume_from: Path | None = None,
+        reference: hub.Snapshot | None = None,
     ) -> None:
         self.config, self.run, self.data, self.steps, self.device = config, run, data, steps, choose_device(config.device)
         self.world = world
+        self.checkpoints = checkpoints.Checkpoints(run, world, in_background=config.async_save, then=self._tidy)
         self.tokenizer, self.loaded, self.tasks = loaded.tokenizer, loaded, tasks
-        self.objective = OBJECTIVES.get("sft")()
+        self.objective = references.make_objective(config)
         self.tuner = TUNERS.get(config.tuner_type)()
         self.before: list[str] | None = None
         self.is_new_best = False
         if config.report_samples and config.changes_base and world.is_main:
             self.before = report.answers(loaded.model, self.tokenizer, data, config)
-        self.is_flat = choose_flat(config, loaded.model)
+        second = references.load_second_model(config, loaded, reference.path if reference else None)
+        self.is_flat = all([choose_flat(config, model) for model in (loaded.model, second) if model is not None])
+        dtype, (tokens, _) = autocast_dtype(config, loaded.dtype), largest_pass(config, steps, is_flat=self.is_flat)
+        self.strategy = make_strategy(config, arrangement, world, self.device, dtype, tokens=tokens, is_flat=self.is_flat)
+        self.reader, self.is_split = arrangement.reader(world.rank), self.strategy.shards
         if not config.torch_compile:
             use_lean_norms(loaded.model)
+        if reference is not None and config.precompute_ref_log_probs:  # type: ignore[attr-defined]
+            self._precompute(loaded.model if second is None else second)
         torch.manual_seed(config.seed)
         model = self.tuner.apply(loaded.model, config, total_steps=steps.total)
         if config.adapters:
             load_adapter_weights(model, adapter_folder(config.adapters[0]))
+        references.add_reference_adapter(config, model)
         if resume_from is not None:
             self.tuner.load(model, resume_from)
-        self.strategy = make_strategy(config, arrangement, world, self.device, autocast_dtype(config, loaded.dtype))
         optimizer = functools.partial(make_optimizer, config=config, lorap_lr_ratio=config.lorap_lr_ratio)
         self.model, self.optimizer = self.strategy.prepare(model, optimizer)
         self.policy = Policy(self.model, router_aux_loss_coef=config.router_aux_loss_coef, call=self.strategy.call)
+        self.reference = references.make_reference(config, self.policy, second, self.device)
         self.schedule = make_schedule(self.optimizer, config, steps.total)
         self.state = TrainState(max_steps=steps.total, readers=steps.cutting.readers, units_per_step=steps.cutting.units_per_step)
-        self.reader, self.is_split = arrangement.reader(world.rank), self.strategy.shards
         self.tuner.attach(self.model, self.optimizer, lambda: self.state.global_step)
         self.fused = fuse(self.model, probe_ids(loaded.model, 8)) if config.tuner_type == "lora" and not self.is_split else Fused()
         self.optimizer.register_step_post_hook(lambda *_: self.fused.changed())
@@ -177,12 +186,15 @@ class Session:
             with contextlib.closing(ready):  # type: ignore[type-var]
                 for step, batches in ready if not self._is_out_of_patience() else ():
                     self._step(step, batches)
+                    progress.mark(phase="stop or go on")
+                    self.checkpoints.finish_if_written(self.device)
                     is_last = state.global_step == self.steps.total or self._is_out_of_patience()
                     if self.world.any(stop.is_set, self.device) and not is_last:
                         self._leave_early()
                     if is_last:
                         break
         saved = self._save() if config.save_strategy != "no" else None
+        self.checkpoints.finish()
         saved = self._take_best(saved)
         self._finish(saved)
         return TrainResult(self.run.path, saved, state)
@@ -190,6 +202,7 @@ class Session:
     def _step(self, step: Step, batches: list[Batch]) -> None:
         """One optimizer step and what is due after it: log, evaluation, checkpoint."""
         config, state, begin = self.config, self.state, time.monotonic()
+        progress.mark(step=state.global_step + 1, phase="forward and backward")
         seed_step(config.seed, state.global_step, self.world.rank)
         try:
             result = train_step(
@@ -198,6 +211,7 @@ class Session:
                 objective=self.objective,
                 strategy=self.strategy,
                 max_grad_norm=config.max_grad_norm,
+                reference=self.reference,
             )
         except TrainingError as problem:
             raise self._with_rows_dumped(problem, step) from problem
@@ -219,7 +233,7 @@ class Session:
         is_last = at == self.steps.total
         if at % config.logging_steps == 0 or is_last or (at == 1 and config.logging_first_step):
             values = close_window(state) | {"grad_norm": result.grad_norm, "learning_rate": rate}
-            values |= {"tokens_per_s": result.tokens / seconds, "supervised_tokens_per_s": result.count / seconds}
+            values |= {"tokens_per_s": result.tokens / seconds, f"{self.objective.items}_per_s": result.count / seconds}
             if (memory := peak_memory_gib(self.device)) is not None:
                 values["memory(GiB)"] = memory
             state.log_history.append(self.trackers.log(at, state.epoch, values))
@@ -235,8 +249,9 @@ class Session:
         values: dict[str, float] = {}
         if self.data.validation is not None:
             parts = (batch for examples in self._evaluation_passes(self.data.validation) for batch in self._collate([examples]))
-            values = evaluate(self.policy, parts, objective=self.objective, strategy=self.strategy, device=self.device)
+            values = evaluate(self.policy, parts, objective=self.objective, strategy=self.strategy, reference=self.reference)
         if self.tasks is not None:
+            progress.unwatch("evaluate tasks")
             own = evaluate_tasks(self.tasks, self.loaded, self.model, is_compiled=self.config.torch_compile) if self.world.is_main else {}
             values |= self.world.broadcast(own)
         self.state.log_history.append(self.trackers.log(self.state.global_step, self.state.epoch, values))
@@ -260,9 +275,9 @@ class Session:
         return interval is not None and self.state.evaluations_without_gain >= interval
 
     def _save(self) -> Path:
+        progress.mark(phase="save")
         config = self.config
-        path = checkpoints.save_checkpoint(
-            self.run,
+        return self.checkpoints.save(
             model=self.model,
             tokenizer=self.tokenizer,
             tuner=self.tuner,
@@ -272,10 +287,11 @@ class Session:
             args=to_dict(config),
             max_shard_size=config.max_shard_size,
             only_model=config.save_only_model,
-            world=self.world,
         )
-        if not self.world.is_main:
-            return path
+
+    def _tidy(self, path: Path) -> None:
+        """What is done when the checkpoint ``path`` is there: older ones go, links follow."""
+        config = self.config
         if config.save_total_limit is not None:
             checkpoints.prune(self.run, config.save_total_limit, best_step=self.state.best_step)
         if config.create_checkpoint_symlink:
@@ -283,7 +299,6 @@ class Session:
             best = self.run / f"checkpoint-{self.state.best_step}"
             if best.exists():
                 checkpoints.link(self.run, "best", best.name)
-        return path
 
     def _resume(self, path: Path) -> None:
         if self.config.resume_only_model:
@@ -312,6 +327,12 @@ class Session:
         pad, side = pad_token_id(self.tokenizer), self.config.padding_side
         return [padded_batch(examples, pad_token_id=pad, padding_side=side) for examples in passes]
 
+    def _precompute(self, model: Any) -> None:
+        """Let ``model``, the reference, say once what it thinks of all pairs."""
+        rows = [self.data.train, *([self.data.validation] if self.data.validation else [])]
+        how: dict[str, Any] = {"cutting": self.steps.cutting, "strategy": self.strategy, "collate": self._collate}
+        references.precompute(model, rows, device=self.loaded.device, is_flat=self.is_flat, world=self.world, **how)
+
     def _evaluation_passes(self, validation: Any) -> Iterator[list[Any]]:
         """The validation rows of this reader, in forward passes; all readers have equally many."""
         cutting = replace(self.steps.cutting, rows_per_batch=self.config.per_device_eval_batch_size, packing_length=None)
@@ -328,6 +349,7 @@ class Session:
         return best
 
     def _finish(self, saved: Path | None) -> None:
+        progress.unwatch("report")
         if not self.world.is_main:
             return
         planned = {"memory": self.checkpointing.facts()} if self.checkpointing else {}
@@ -355,13 +377,14 @@ class Session:
         audit.append(self.run / "audit.jsonl", "end", {"steps": self.state.global_step, "checkpoint": saved.name if saved else None})
 
     def _leave_early(self) -> None:
-        how = f"swift {objective_of(self.config)} --resume_from_checkpoint {self.run.path}"
+        how = f"swift {command_of(objective_of(self.config))} --resume_from_checkpoint {self.run.path}"
         if self.config.save_strategy == "no" or self.config.save_only_model:
             raise Interrupted(
                 f"stopped after step {self.state.global_step}; nothing was saved to go on from",
                 hint="save_strategy or save_only_model forbids it",
             )
         path = self._save()
+        self.checkpoints.finish()
         raise Interrupted(f"stopped after step {self.state.global_step}; saved {path}", hint=f"{how} goes on")
 
     def _on_stop(self) -> None:
@@ -371,12 +394,8 @@ class Session:
         """The error with the place of a file that holds the step's rows, each by itself and whole."""
         at = self.state.global_step + 1
         path = self.run / f"bad-step-{at}.json"
-        rows = []
-        for example in itertools.chain.from_iterable(step.passes):
-            ids, labels = ([int(value) for value in example[name]] for name in ("input_ids", "labels"))
-            rows.append({"input_ids": ids, "labels": labels, "text": self.tokenizer.decode(ids)})
         if self.world.is_main:
-            write_json(path, {"step": at, "problem": problem.message, "rows": rows})
+            write_rows(path, at, problem.message, step.passes, self.tokenizer)
         return TrainingError(
             f"step {at}: {problem.message}; its rows are in {path}",
             hint="lower --learning_rate, look at the rows, or train in bf16 or float32",

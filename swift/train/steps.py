@@ -240,6 +240,8 @@ def passes_of(rows: Any, shares: list[list[list[int]]], reader: int) -> Iterator
 
 def filler(example: Example) -> Example:
     """``example`` with predictions of weight 0: what a process computes that must take part and has no rows left."""
+    if "chosen" in example:
+        return {**example, **{side: filler(example[side]) for side in ("chosen", "rejected")}}
     return {**example, "weights": np.zeros(len(example["labels"]), np.float32), "is_filler": True}
 
 

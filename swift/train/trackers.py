@@ -14,11 +14,14 @@ from swift.files import write_text
 SHOWN = {
     "loss": "loss",
     "token_acc": "accuracy",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
     "grad_norm": "grad_norm",
     "learning_rate": "lr",
     "tokens_per_s": "tokens/s",
     "eval_loss": "eval_loss",
     "eval_token_acc": "eval_accuracy",
+    "eval_rewards/accuracies": "eval_accuracy",
 }
 
 

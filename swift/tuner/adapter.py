@@ -31,7 +31,8 @@ def save_adapter(model: Any, path: Path, **arguments: Any) -> None:
     with warnings.catch_warnings():
         # PEFT asks a hub for the base model's config to see whether the vocabulary was resized; offline it warns.
         warnings.filterwarnings("ignore", message=".*Could not find a config file.*")
-        model.save_pretrained(path, safe_serialization=True, save_embedding_layers=False, **arguments)
+        # The trained one alone: a frozen adapter may stand beside it as a reference.
+        model.save_pretrained(path, safe_serialization=True, save_embedding_layers=False, selected_adapters=["default"], **arguments)
 
 
 def read_tensors(file: Path) -> dict[str, Any]:

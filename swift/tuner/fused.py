@@ -106,6 +106,7 @@ class _Group:
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
         name = layers[0].active_adapters[0]
+        self.active = name, [name]  # PEFT has one or the other
         self.bases = [layer.base_layer for layer in layers]
         self.a = [layer.lora_A[name].weight for layer in layers]
         self.b = [layer.lora_B[name].weight for layer in layers]
@@ -118,8 +119,8 @@ class _Group:
 
     @property
     def uses_adapter(self) -> bool:
-        """Whether these layers compute what is replaced here; a merged or switched-off adapter is PEFT's matter."""
-        return not any(layer.disable_adapters or layer.merged for layer in self.layers)
+        """Whether these layers compute what is replaced here; a merged, switched-off or other adapter is PEFT's matter."""
+        return not any(layer.disable_adapters or layer.merged or layer.active_adapter not in self.active for layer in self.layers)
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """What layer ``index`` makes of ``x``."""

@@ -48,6 +48,9 @@ def test_a_good_row_of_each_kind_is_accepted():
         ("pt", Record([USER, ANSWER]), "wants one text"),
         ("preference", Record([USER, ANSWER]), "no rejected answer"),
         ("preference", Record([USER, ANSWER], rejected=[USER, ANSWER]), "rejected answer equals the chosen one"),
+        ("preference", Record([USER, ANSWER], rejected=[Message("user", "other"), Message("assistant", "b")]), "from message 1 on"),
+        ("preference", Record([USER, ANSWER], rejected=[Message("system", "s"), USER, Message("assistant", "b")]), "from message 1 on"),
+        ("preference", Record([USER, ANSWER], rejected=[Message("assistant", "b")]), "rejected conversation has no user message"),
         ("preference", Record([USER, ANSWER], rejected=[USER]), "rejected conversation has no assistant"),
         ("kto", Record([USER, ANSWER]), "no label"),
         ("kto", Record([USER, ANSWER], label="good"), "label is 'good'"),
@@ -64,3 +67,8 @@ def test_a_row_that_does_not_fit_the_objective_says_why(want, record, reason):
 def test_reasons_that_differ_in_numbers_only_are_counted_together():
     rejected = [Rejected("a:1", {}, "12 tokens"), Rejected("a:2", {}, "no label"), Rejected("a:3", {}, "15 tokens")]
     assert reasons(rejected) == [(2, "12 tokens", "a:1"), (1, "no label", "a:2")]
+
+
+def test_what_an_agent_did_after_the_last_question_may_differ():
+    tool = Message("tool", "snow")
+    assert fault(Record([USER, ANSWER, tool, ANSWER], rejected=[USER, Message("assistant", "b")]), "preference") is None

@@ -4,6 +4,7 @@ from torch.nn import functional as F
 
 from swift.model import chunked
 from swift.model.chunked import chunked_cross_entropy
+from swift.model.logps import chunked_logps
 
 K, D, V = 23, 6, 17
 
@@ -109,3 +110,40 @@ def test_no_prediction_at_all_costs_nothing():
     empty = torch.zeros(0, dtype=torch.int64)
     loss, right = chunked_cross_entropy(lambda part: part, [], torch.zeros(0, 4), empty, empty, torch.zeros(0), vocabulary=4)
     assert float(loss) == float(right) == 0
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+@pytest.mark.parametrize("name", [*HEADS, "product"])
+def test_log_probabilities_have_the_values_and_gradients_of_the_whole(case, monkeypatch, name, is_trained):
+    """Each prediction has a weight of its own, which is known only after all of them: a square of the sum of a document."""
+    hidden, weight, row, target, weights = case
+    weight = weight.detach().requires_grad_(is_trained)
+    monkeypatch.setattr(chunked, "BUFFER_BYTES", 0)
+    monkeypatch.setattr(chunked, "LEAST_POSITIONS", 16)
+    head = HEADS.get(name, HEADS["linear"])
+    document = torch.arange(len(row)) % 4
+
+    def loss_of(logps):
+        return (logps.new_zeros(4).index_add(0, document, logps * weights) ** 2).sum()
+
+    wanted = head(hidden, weight).log_softmax(dim=-1)[row, target]
+    given = weight if name == "product" else lambda part: head(part, weight)
+    found = chunked_logps(given, [weight], hidden, row, target, vocabulary=V)
+    torch.testing.assert_close(found, wanted)
+    by = (hidden, weight) if is_trained else (hidden,)
+    for got, expected in zip(torch.autograd.grad(loss_of(found), by), torch.autograd.grad(loss_of(wanted), by), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_log_probabilities_of_a_trained_head_keep_the_precision_of_their_forward_pass(case):
+    """A backward pass begins outside of autocast, where the head would be given states of another precision than its own."""
+    hidden, weight, row, target, _ = case
+    grads = []
+    for logps in (
+        lambda h: chunked_logps(weight, [weight], h, row, target, vocabulary=V),
+        lambda h: (h @ weight.T).float().log_softmax(-1)[row, target],
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = logps(hidden.bfloat16()).sum()
+        grads.append(torch.autograd.grad(loss, weight)[0])
+    torch.testing.assert_close(*grads, rtol=0.05, atol=0.05)

@@ -1,0 +1,58 @@
+"""Pairs in two processes are pairs in one, whichever model they are compared with."""
+
+import json
+
+import matplotlib
+import matplotlib.pyplot
+import peft
+import pytest
+import transformers.models.llama.modeling_llama
+
+import swift.parallel.spread
+import swift.train.run
+from tests.ranks import run_ranks
+
+# What each forked process would import by itself.
+PREPARED = (matplotlib.pyplot, peft, transformers.models.llama.modeling_llama, swift.parallel.spread, swift.train.run)
+pytestmark = pytest.mark.multi
+KEYS = ("loss", "grad_norm", "eval_loss", "rewards/margins", "eval_rewards/margins")
+
+
+def train(model, rows, out, options):
+    from swift.api import rlhf
+
+    common = dict(add_version=False, report_to="none", max_steps=3, learning_rate=1e-3, logging_steps=1, report_samples=0, eval_steps=3)
+    result = rlhf(
+        model=str(model),
+        dataset=str(rows),
+        output_dir=str(out),
+        split_dataset_ratio=0.2,
+        per_device_train_batch_size=1,
+        **(common | options),
+    )
+    return [{key: line[key] for key in KEYS if key in line} for line in result.state.log_history]
+
+
+def test_two_processes_compare_as_one(tiny_model, tmp_path):
+    rows = tmp_path / "pairs.jsonl"
+    with rows.open("w") as file:
+        for number in range(16):
+            row = {
+                "query": f"question {number} of the weather",
+                "response": "snow " * (1 + number % 5),
+                "rejected_response": f"rain {number}",
+            }
+            file.write(json.dumps(row) + "\n")
+    lora, full = {"lora_dropout": 0.0}, {"tuner_type": "full"}
+    # Six pairs a step of the thirteen, and at the end of the epoch one: a process without a pair fills the gap.
+    one = [
+        train(tiny_model, rows, tmp_path / name, {**kind, "gradient_accumulation_steps": 6}) for name, kind in (("l", lora), ("f", full))
+    ]
+    cases = [(lora, one[0]), ({**lora, "fsdp": "fsdp2"}, one[0]), ({**full, "precompute_ref_log_probs": True}, one[1])]
+    cases.append(({**full, "fsdp": "fsdp2"}, one[1]))
+    for number, (options, wanted) in enumerate(cases):
+        given = {**options, "gradient_accumulation_steps": 3}
+        for found in run_ranks(2, train, tiny_model, rows, tmp_path / str(number), given):
+            assert len(found) == len(wanted) == 4
+            for line, expected in zip(found, wanted, strict=True):
+                assert line == pytest.approx(expected, rel=2e-4, abs=2e-6), options
