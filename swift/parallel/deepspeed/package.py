@@ -7,8 +7,6 @@ from typing import Any
 from swift import deps
 from swift.hub.cache import cache_root
 
-EXTRA = "deepspeed"
-
 
 def load(device_type: str) -> Any:
     """The package, for devices of ``device_type``. DependencyError if it is not installed.
@@ -31,7 +29,7 @@ def load(device_type: str) -> Any:
 
 def part(module: str) -> Any:
     """A module of the package. DependencyError if the package is not installed."""
-    return deps.require(module, extra=EXTRA)
+    return deps.require(module, extra="deepspeed")
 
 
 def reads_disks() -> bool:
