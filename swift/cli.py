@@ -34,6 +34,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "swift.data.commands:data_inspect",
         "see rows as the model sees them, with what is trained marked",
     ),
+    "launch": (
+        "LaunchConfig",
+        "swift.launch.run:run_launch",
+        "start sft, pt or rlhf in several processes: here, by Slurm, Ray, Kubernetes",
+    ),
     "runs list": ("RunsConfig", "swift.train.commands:runs_list", "runs in a folder, with their losses"),
     "runs show": ("RunsConfig", "swift.train.commands:runs_show", "one run: its report and its checkpoints"),
     "audit": ("RunsConfig", "swift.train.commands:audit_verify", "check that a run's audit record was not changed"),
@@ -48,24 +53,33 @@ GLOBAL_FLAGS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line and exit: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    from swift.launch import rank  # light, like all that --help needs
+
+    words = rank.enter(sys.argv[1:] if argv is None else argv)
+    words, launched = _split_launch(words)
     is_debug = "--debug" in words
     flags = {flag for flag in GLOBAL_FLAGS if flag in words}
-    words = [word for word in words if word not in GLOBAL_FLAGS]
+    words = [word for word in words if word not in GLOBAL_FLAGS] + launched
     console.use_json("--json" in flags)
     if not is_debug:
         console.quiet_libraries()
     try:
+        if os.environ.get("NPROC_PER_NODE") or os.environ.get("NNODES"):
+            from swift.config.launch import words_of_environment
+
+            words = words_of_environment(words, [*flags]) or words
         run(words, show_config="--show_config" in flags)
     except SwiftError as problem:
         if is_debug:
             raise
-        console.error(problem)
+        if not rank.fail(problem):
+            console.error(problem)
         sys.exit(problem.exit_code)
     except KeyboardInterrupt:
         if is_debug:
             raise
-        console.error(Interrupted("interrupted"))
+        if not rank.fail(Interrupted("interrupted")):
+            console.error(Interrupted("interrupted"))
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has gone
@@ -73,8 +87,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (MemoryError, RuntimeError, OSError) as problem:
         if is_debug or not (known := explain(problem)):
             raise
-        console.error(known)
+        if not rank.fail(known):
+            console.error(known)
         sys.exit(known.exit_code)
+
+
+def _split_launch(words: list[str]) -> tuple[list[str], list[str]]:
+    """Of ``swift launch A -- B`` what is for swift launch, and what is for the command that it starts."""
+    if words[:1] != ["launch"] or "--" not in words:
+        return words, []
+    at = words.index("--")
+    return words[:at], words[at:]
+
+
+def megatron(argv: Sequence[str] | None = None) -> None:
+    """The command ``megatron``, as ms-swift has it: ``swift sft`` or ``pt`` by Megatron-Core, in Megatron's option names."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        translated = import_module("swift.parallel.megatron.arguments").words_for_swift(words)
+    except SwiftError as problem:
+        console.error(problem)
+        sys.exit(problem.exit_code)
+    main(translated)
 
 
 def run(words: list[str], *, show_config: bool = False) -> Any:
@@ -92,7 +126,7 @@ def run(words: list[str], *, show_config: bool = False) -> Any:
     cls = getattr(import_module("swift.config.commands" if class_name != "Config" else "swift.config.options"), class_name)
     from swift.config import flags
 
-    if "--help" in rest or "-h" in rest:
+    if {"--help", "-h"} & set(rest[: rest.index("--")] if "--" in rest else rest):
         flags.make_parser(cls, name, f"{summary[0].upper()}{summary[1:]}.").print_help()
         return None
     config = flags.parse(cls, name, summary, rest, checkpoint=_saved_options)

@@ -150,3 +150,5 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for name in ("bitsandbytes", "torchao", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed, which transformers imports when it saves, sets its level itself; a filter stays.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

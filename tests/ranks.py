@@ -1,5 +1,6 @@
 """Several processes for one test: forked from a process that has its imports, joined by gloo, each with a deadline."""
 
+import faulthandler
 import os
 import pickle
 import signal
@@ -29,7 +30,7 @@ def run_ranks(size: int, function: Any, *arguments: Any, deadline_s: float = DEA
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         port = free_port()
-        pids = [_fork(rank, size, port, Path(folder), function, arguments, env or {}) for rank in range(size)]
+        pids = [_fork(rank, size, port, Path(folder), function, arguments, env or {}, deadline_s) for rank in range(size)]
         failed = _wait(pids, deadline_s)
         results = [_result(Path(folder) / str(rank)) for rank in range(size)]
     errors = [f"rank {rank}: {result[1]}" for rank, result in enumerate(results) if result is not None and not result[0]]
@@ -39,7 +40,9 @@ def run_ranks(size: int, function: Any, *arguments: Any, deadline_s: float = DEA
     return [result[1] for result in results if result is not None]
 
 
-def _fork(rank: int, size: int, port: int, folder: Path, function: Any, arguments: tuple[Any, ...], env: dict[str, str]) -> int:
+def _fork(
+    rank: int, size: int, port: int, folder: Path, function: Any, arguments: tuple[Any, ...], env: dict[str, str], deadline_s: float
+) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -50,6 +53,7 @@ def _fork(rank: int, size: int, port: int, folder: Path, function: Any, argument
         os.setpgid(0, 0)
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **env}
+        faulthandler.dump_traceback_later(deadline_s * 0.9, file=sys.__stderr__)
         try:
             result: tuple[bool, Any] = (True, function(*arguments))
         except BaseException:

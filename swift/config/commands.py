@@ -8,6 +8,7 @@ from swift.config.deploy import DeployConfig
 from swift.config.evaluate import EvalConfig
 from swift.config.export import ExportConfig, QuantizeConfig
 from swift.config.generate import GenerateConfig
+from swift.config.launch import LaunchConfig
 from swift.config.model import ModelConfig, QuantConfig
 from swift.config.options import Config, opt
 from swift.config.parallel import ParallelConfig
@@ -204,6 +205,7 @@ COMMAND_CONFIGS: tuple[type[Config], ...] = (
     ModelConfigArgument,
     DataInspectConfig,
     RunsConfig,
+    LaunchConfig,
 )
 
 

@@ -118,7 +118,9 @@ def normalise(cls: type[Config], words: Sequence[str]) -> list[str]:
     while index < len(words):
         word = words[index]
         index += 1
-        if not word.startswith("--") or word in ("--", "--help"):
+        if word == "--":  # what follows is not ours to read
+            return [*out, *words[index - 1 :]]
+        if not word.startswith("--") or word == "--help":
             out.append(word)
             continue
         name, equals, inline = word[2:].partition("=")

@@ -41,7 +41,7 @@ class ParallelConfig(Config):
     virtual_pipeline_model_parallel_size: int = opt(
         1, "runs of blocks that each pipeline stage has, with --pipeline_schedule interleaved", minimum=1
     )
-    local_rank: int | None = opt(None, "place of this process on its machine; launchers that do not set LOCAL_RANK pass it", saved=False)
+    async_save: bool = opt(False, "fsdp2: write the optimizer's parts of a checkpoint while training goes on")
     ddp_backend: str | None = opt(None, "how processes speak: gloo, nccl, hccl, mpi; by default what fits the device", saved=False)
     ddp_timeout: int = opt(1800, "seconds after which a process that waits for others gives up", minimum=1, saved=False)
 
@@ -59,11 +59,16 @@ class ParallelConfig(Config):
             self.derive("strategy", chosen[0][1], chosen[0][0])
         self._read_fsdp()
         if self.strategy != "fsdp2":
-            self.refuse_without_effect(("fsdp_cpu_offload", "fsdp_reshard_after_forward"), "without --fsdp fsdp2")
+            self.refuse_without_effect(("fsdp_cpu_offload", "fsdp_reshard_after_forward", "async_save"), "without --fsdp fsdp2")
         if self.sequence_parallel_size == 1:
             self.refuse_without_effect(("sequence_parallel_kind",), "without --sequence_parallel_size")
         if self.pipeline_model_parallel_size == 1 and self.strategy != "megatron":
             self.refuse_without_effect(("pipeline_schedule",), "without --pipeline_model_parallel_size")
+        if self.pipeline_schedule == "interleaved" and self.virtual_pipeline_model_parallel_size == 1:
+            raise ConfigError(
+                "--pipeline_schedule interleaved needs several runs of blocks in each process",
+                hint="--virtual_pipeline_model_parallel_size 2, or --pipeline_schedule 1f1b",
+            )
         if self.pipeline_schedule != "interleaved" and self.strategy != "megatron":
             self.refuse_without_effect(("virtual_pipeline_model_parallel_size",), "without --pipeline_schedule interleaved")
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from swift.model.vocabulary import VocabularyPart
+
 # The logits of one part, as float32. On a CPU just below the size from which glibc maps and unmaps memory at each use.
 CPU_CHUNK_BYTES = 30 * 2**20
 CHUNK_BYTES = 256 * 2**20
@@ -30,16 +32,21 @@ def chunked_cross_entropy(
     weight_S: Tensor,
     *,
     vocabulary: int,
+    part: VocabularyPart | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(sum of weight times -log p(target), number of right predictions whose weight is not 0); float32 scalars.
 
     ``head`` gives the logits (C, V) of hidden states (C, D); if it is nothing but a product with a weight (V, D), it is
     that weight. Its gradients, and those of its trained ``parameters``, are computed in the forward pass (as Hsu et al.
     2024, arXiv:2410.10989, do on a GPU), so that no logits are kept and none are computed twice. ``row_S`` must be ascending.
+
+    With a ``part`` of the vocabulary, logits and weight are those of this part, and the gradient of the hidden states is this
+    process's share of it. ``vocabulary`` must then be the same in all processes of the group, lest they cut otherwise.
     """
     result: tuple[Tensor, Tensor] = _ChunkedCrossEntropy.apply(
         detached(head, hidden_KD),
         vocabulary,
+        part,
         torch.is_grad_enabled(),
         hidden_KD,
         row_S,
@@ -77,6 +84,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any,
         head: Head | Tensor,
         vocabulary: int,
+        part_of_vocabulary: VocabularyPart | None,
         is_training: bool,
         hidden: Tensor,
         row: Tensor,
@@ -89,7 +97,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grads = [torch.zeros_like(parameter) for parameter in parameters] if needs_grad else []
         loss = hidden.new_zeros((), dtype=torch.float32)
         right = hidden.new_zeros((), dtype=torch.float32)
-        part_of = part_maker(head, parameters, grads, hidden, vocabulary)
+        part_of = part_maker(head, parameters, grads, hidden, vocabulary, part_of_vocabulary)
         for part, some in parts(part_of.size, len(hidden), row):
             predictions = row[some] - part.start, target[some], weight[some]
             part_loss, part_right, gradient = part_of(hidden[part].detach(), *predictions, needs_grad=needs_grad)
@@ -105,17 +113,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
         grad_hidden, *grads = (gradient * grad_loss.to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return (None, None, None, grad_hidden, None, None, None, *grads)
+        return (None, None, None, None, grad_hidden, None, None, None, *grads)
 
 
 def part_maker(
-    head: Head | Tensor, parameters: Sequence[Tensor], grads: list[Tensor], hidden: Tensor, vocabulary: int
+    head: Head | Tensor,
+    parameters: Sequence[Tensor],
+    grads: list[Tensor],
+    hidden: Tensor,
+    vocabulary: int,
+    part: VocabularyPart | None = None,
 ) -> "_Product | _AnyHead":
     """What computes a part of ``hidden`` (K, D); its gradients by ``parameters`` are added to ``grads``."""
     if isinstance(head, Tensor) and _has_product(head, hidden):
-        return _Product(head, grads, len(hidden), _most_positions(vocabulary))
+        return _Product(head, grads, len(hidden), _most_positions(vocabulary), part)
     most = (CPU_CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES) // (4 * vocabulary)
-    return _AnyHead(head, parameters, grads, max(most, 1))
+    return _AnyHead(head, parameters, grads, max(most, 1), part)
 
 
 def parts(size: int, count: int, row_S: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -131,8 +144,10 @@ def parts(size: int, count: int, row_S: Tensor) -> Iterator[tuple[slice, slice]]
 class _AnyHead:
     """The losses of the predictions of ``size`` positions, and their sum's gradient by hidden states; in ``grads`` by ``parameters``."""
 
-    def __init__(self, head: Head | Tensor, parameters: Sequence[Tensor], grads: list[Tensor], size: int) -> None:
-        self.head, self.parameters, self.grads, self.size = head, parameters, grads, size
+    def __init__(
+        self, head: Head | Tensor, parameters: Sequence[Tensor], grads: list[Tensor], size: int, part: VocabularyPart | None
+    ) -> None:
+        self.head, self.parameters, self.grads, self.size, self.part = head, parameters, grads, size, part
 
     def __call__(
         self, states: Tensor, row: Tensor, target: Tensor, weight: Tensor, *, needs_grad: bool
@@ -140,7 +155,12 @@ class _AnyHead:
         states = states.requires_grad_(needs_grad)
         with torch.set_grad_enabled(needs_grad):
             logits = F.linear(states, self.head) if isinstance(self.head, Tensor) else self.head(states)
-        gradient, loss, right = _loss_and_gradient(logits.detach(), row, target, weight, needs_grad=needs_grad)
+        if self.part is None:
+            gradient, loss, right = _loss_and_gradient(logits.detach(), row, target, weight, needs_grad=needs_grad)
+        else:
+            logits_VC = logits.detach().float().T.clone()
+            loss, right = _loss_in_place(logits_VC, row, target, weight, needs_grad=needs_grad, part=self.part)
+            gradient = logits_VC.T.to(logits.dtype) if needs_grad else None
         if gradient is None:
             return loss, right, None
         got = torch.autograd.grad(logits, [states, *self.parameters], grad_outputs=gradient)
@@ -156,8 +176,9 @@ class _Product:
     gradient in place.
     """
 
-    def __init__(self, weight: Tensor, grads: list[Tensor], count: int, most: int) -> None:
+    def __init__(self, weight: Tensor, grads: list[Tensor], count: int, most: int, part: VocabularyPart | None) -> None:
         parts = max(1, -(-count // most))
+        self.part = part
         self.weight, self.grads, self.size = weight, grads, max(1, _aligned(-(-count // parts)))
         self.buffer = weight.new_empty(len(weight) * self.size)
 
@@ -168,19 +189,34 @@ class _Product:
         states = F.pad(states, (0, 0, 0, width - count))
         logits_VC = self.buffer[: len(self.weight) * width].view(-1, width)
         torch.mm(self.weight, states.T, out=logits_VC)
-        most_C = logits_VC.amax(dim=0)
-        wanted_S = logits_VC[target, row]
-        powers_VC = logits_VC.sub_(most_C).exp_()
-        sum_C = powers_VC.sum(dim=0)
-        loss = weight * ((most_C + sum_C.log())[row] - wanted_S)
-        right = ((wanted_S == most_C[row]) & (weight != 0)).sum().float()
+        loss, right = _loss_in_place(logits_VC, row, target, weight, needs_grad=needs_grad, part=self.part)
         if not needs_grad:
             return loss, right, None
-        share_C = torch.zeros_like(sum_C).index_add_(0, row, weight)
-        gradient_VC = powers_VC.mul_(share_C / sum_C).index_put_((target, row), -weight, accumulate=True)
         for total in self.grads:
-            total.addmm_(gradient_VC, states)
-        return loss, right, (self.weight.T @ gradient_VC).T[:count]
+            total.addmm_(logits_VC, states)
+        return loss, right, (self.weight.T @ logits_VC).T[:count]
+
+
+def _loss_in_place(
+    logits_VC: Tensor, row: Tensor, target: Tensor, weight: Tensor, *, needs_grad: bool, part: VocabularyPart | None
+) -> tuple[Tensor, Tensor]:
+    """The loss of some positions and the right ones; the logits, all or those of ``part``, become their gradient."""
+    most_C = logits_VC.amax(dim=0) if part is None else part.largest_of(logits_VC.amax(dim=0))
+    place, taken = target, weight
+    if part is not None:
+        place, is_here = part.places(target)
+        taken = weight * is_here
+    wanted_S = logits_VC[place, row]
+    powers_VC = logits_VC.sub_(most_C).exp_()
+    sum_C = powers_VC.sum(dim=0)
+    if part is not None:
+        sum_C, wanted_S = part.sums_of(sum_C, wanted_S * is_here)
+    loss = weight * ((most_C + sum_C.log())[row] - wanted_S)
+    right = ((wanted_S == most_C[row]) & (weight != 0)).sum().float()
+    if needs_grad:
+        share_C = torch.zeros_like(sum_C).index_add_(0, row, weight)
+        powers_VC.mul_(share_C / sum_C).index_put_((place, row), -taken, accumulate=True)
+    return loss, right
 
 
 def _aligned(positions: int) -> int:

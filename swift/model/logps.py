@@ -1,5 +1,6 @@
 """Log-probabilities without full logits, for losses that are no sum over tokens: their gradient is known after all of them."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,12 +8,20 @@ import torch
 from torch import Tensor
 
 from swift.model.chunked import Head, detached, part_maker, parts
+from swift.model.vocabulary import VocabularyPart
 
 # K positions, D model width, V vocabulary, S predictions, C positions of a part
 
 
 def chunked_logps(
-    head: Head | Tensor, parameters: Sequence[Tensor], hidden_KD: Tensor, row_S: Tensor, target_S: Tensor, *, vocabulary: int
+    head: Head | Tensor,
+    parameters: Sequence[Tensor],
+    hidden_KD: Tensor,
+    row_S: Tensor,
+    target_S: Tensor,
+    *,
+    vocabulary: int,
+    part: VocabularyPart | None = None,
 ) -> Tensor:
     """(S,) float32 log p(target); arguments as of ``chunked_cross_entropy``.
 
@@ -22,7 +31,7 @@ def chunked_logps(
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     needs_grad = torch.is_grad_enabled() and (hidden_KD.requires_grad or bool(trained))
-    logps: Tensor = _ChunkedLogps.apply(detached(head, hidden_KD), vocabulary, needs_grad, hidden_KD, row_S, target_S, *trained)
+    logps: Tensor = _ChunkedLogps.apply(detached(head, hidden_KD), vocabulary, part, needs_grad, hidden_KD, row_S, target_S, *trained)
     return logps
 
 
@@ -32,6 +41,7 @@ class _ChunkedLogps(torch.autograd.Function):
         ctx: Any,
         head: Head | Tensor,
         vocabulary: int,
+        own: VocabularyPart | None,
         needs_grad: bool,
         hidden: Tensor,
         row: Tensor,
@@ -44,7 +54,7 @@ class _ChunkedLogps(torch.autograd.Function):
             states, rows = states.index_select(0, row), torch.arange(len(row), device=row.device)
         gradients = torch.empty_like(states) if ctx.is_frozen else None
         logps = hidden.new_empty(len(row), dtype=torch.float32)
-        part_of = part_maker(head, parameters, [], states, vocabulary)
+        part_of = part_maker(head, parameters, [], states, vocabulary, own)
         for part, some in parts(part_of.size, len(states), rows):
             ones = logps.new_ones(some.stop - some.start)
             losses, _, gradient = part_of(states[part], rows[some] - part.start, target[some], ones, needs_grad=ctx.is_frozen)
@@ -55,7 +65,7 @@ class _ChunkedLogps(torch.autograd.Function):
             ctx.save_for_backward(row, gradients)
         elif needs_grad:
             ctx.save_for_backward(row, target, hidden, *parameters)
-        ctx.head, ctx.vocabulary, ctx.count = head, vocabulary, len(hidden)
+        ctx.head, ctx.vocabulary, ctx.own, ctx.count = head, vocabulary, own, len(hidden)
         device = hidden.device.type
         ctx.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
         return logps
@@ -66,14 +76,15 @@ class _ChunkedLogps(torch.autograd.Function):
         if ctx.is_frozen:
             (of_loss,) = kept  # the loss of a prediction is minus its log-probability
             grad_hidden = of_loss.new_zeros(ctx.count, of_loss.shape[1]).index_add_(0, row, of_loss * -grad_S[:, None].to(of_loss.dtype))
-            return (None, None, None, grad_hidden, None, None)
+            return (None, None, None, None, grad_hidden, None, None)
         target, hidden, *parameters = kept
         grad_hidden, grads = torch.empty_like(hidden), [torch.zeros_like(parameter) for parameter in parameters]
-        part_of = part_maker(ctx.head, parameters, grads, hidden, ctx.vocabulary)
-        with torch.autocast(**ctx.autocast):  # a backward pass begins outside of it
+        part_of = part_maker(ctx.head, parameters, grads, hidden, ctx.vocabulary, ctx.own)
+        alone = ctx.own.alone() if ctx.own is not None else contextlib.nullcontext()
+        with alone, torch.autocast(**ctx.autocast):  # a backward pass begins outside of it
             for part, some in parts(part_of.size, len(hidden), row):
                 predictions = row[some] - part.start, target[some], -grad_S[some]
                 gradient = part_of(hidden[part].detach(), *predictions, needs_grad=True)[2]
                 assert gradient is not None
                 grad_hidden[part] = gradient
-        return (None, None, None, grad_hidden, None, None, *grads)
+        return (None, None, None, None, grad_hidden, None, None, *grads)

@@ -17,9 +17,11 @@ from swift.errors import ModelError
 from swift.model.attention import Root, packed_inputs, use_packed_attention
 from swift.model.batch import Batch
 from swift.model.chunked import Head, chunked_cross_entropy
+from swift.model.collectives import sum_gradient
 from swift.model.layout import Layout
 from swift.model.logps import chunked_logps
 from swift.model.noise import tell_lengths
+from swift.model.vocabulary import VocabularyPart, local, vocabulary_part
 
 # B rows, T tokens of a row, K positions whose prediction is wanted, D model width, C positions of a part, V vocabulary
 
@@ -40,6 +42,9 @@ class Policy:
         self._output_type: Any = None
         self._root: Root | None = None
         self.has_own_head = self.decoder is not self.inner and self.call(self._head_is_separable)
+        self.part: VocabularyPart | None = None  # of the head, whose vocabulary other processes share
+        if self.has_own_head:
+            self.part = self.call(self._own_part)
         self._is_product = self.has_own_head and self.call(self._head_is_product)
         self.packed_head: Head | None = None  # what an engine that packs the weights has put in its place
 
@@ -62,7 +67,8 @@ class Policy:
         """
         hidden_KD, balance = self._kept(batch)
         predictions = batch.row_S, batch.target_S, batch.weight_S
-        loss, right = chunked_cross_entropy(self.head, self._head_parameters(), hidden_KD, *predictions, vocabulary=self._vocabulary)
+        with self._head_for(hidden_KD) as (head, parameters, hidden_KD, how):
+            loss, right = chunked_cross_entropy(head, parameters, hidden_KD, *predictions, **how)
         if balance is not None:
             loss = loss + self.router_aux_loss_coef * (batch.weight_S != 0).sum() * balance
         return loss, right
@@ -70,8 +76,8 @@ class Policy:
     def logps(self, batch: Batch) -> Tensor:
         """(num_documents,) float32: the sum of weight times log p(target) over the predictions of each document."""
         hidden_KD, _ = self._kept(batch)
-        predictions = batch.row_S, batch.target_S
-        logps_S = chunked_logps(self.head, self._head_parameters(), hidden_KD, *predictions, vocabulary=self._vocabulary)
+        with self._head_for(hidden_KD) as (head, parameters, hidden_KD, how):
+            logps_S = chunked_logps(head, parameters, hidden_KD, batch.row_S, batch.target_S, **how)
         return logps_S.new_zeros(batch.num_documents).index_add(0, batch.document_S, logps_S * batch.weight_S)
 
     def logits(self, rows_K: Tensor, **inputs: Any) -> Tensor:
@@ -90,7 +96,12 @@ class Policy:
 
     def logits_of(self, hidden_KD: Tensor) -> Tensor:
         """(K, V) logits of what ``states`` gave."""
-        return hidden_KD @ self.head.T if isinstance(self.head, Tensor) else self.head(hidden_KD)
+        if not isinstance(self.head, Tensor):
+            return self.head(hidden_KD)
+        if self.part is None:
+            return hidden_KD @ self.head.T
+        logits_KV: Tensor = self.inner.get_output_embeddings()(hidden_KD)
+        return logits_KV
 
     @contextlib.contextmanager
     def root(self, ids_P: Tensor | None, document_length: int | None = None) -> Iterator[None]:
@@ -118,13 +129,28 @@ class Policy:
     def _vocabulary(self) -> int:
         return int(self.inner.config.get_text_config().vocab_size)
 
-    def _head_parameters(self) -> list[Tensor]:
-        return list(self.inner.get_output_embeddings().parameters()) if self.has_own_head else []
+    @contextlib.contextmanager
+    def _head_for(self, hidden_KD: Tensor) -> Iterator[tuple[Head | Tensor, list[Tensor], Tensor, dict[str, Any]]]:
+        """(the head, its parameters, the states it is given, what else says how large it is): all, or this process's part."""
+        parameters = list(self.inner.get_output_embeddings().parameters()) if self.has_own_head else []
+        head, part = self.head, self.part
+        if part is None:
+            yield head, parameters, hidden_KD, {"vocabulary": self._vocabulary}
+            return
+        if isinstance(head, Tensor):
+            head = local(self.inner.get_output_embeddings().weight)
+            parameters = [head]
+        with part.alone():
+            yield head, parameters, sum_gradient(hidden_KD, part.group), {"vocabulary": part.largest, "part": part}
 
     def _kept(self, batch: Batch) -> tuple[Tensor, Any]:
         """(hidden states (K, D) of the positions that predict something, the load-balancing loss if it is wanted)."""
         hidden_BTD, balance = self._decode(batch)
         return hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, batch.kept_K), balance
+
+    def decode(self, batch: Batch) -> Tensor:
+        """(B, T, D) the decoder's hidden states, or logits if the head cannot be told apart: what a loss is taken from."""
+        return self._decode(batch)[0]
 
     def _decode(self, batch: Batch) -> tuple[Tensor, Any]:
         """(hidden states (B, T, D), or logits if the head cannot be told apart; the load-balancing loss if it is wanted)."""
@@ -193,11 +219,30 @@ class Policy:
         layer = self.inner.get_output_embeddings()
         if type(layer) is not nn.Linear or layer.bias is not None:
             return False
-        weight = layer.weight
+        if self.part is None and vocabulary_part(layer) is not None:
+            return False
+        weight, part = local(layer.weight), self.part
         states = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
         sizes = [states * size / (states @ weight.T).abs().max().clamp_min(1e-6) for size in (1.0, 1000.0)]
+        with evaluating(self.inner), part.alone() if part is not None else contextlib.nullcontext():
+            is_product = all(is_close(self._head(some), some @ weight.T, exactly=True) for some in sizes)
+        return is_product if part is None else part.all_agree(is_product, weight.device)
+
+    @torch.no_grad()
+    def _own_part(self) -> VocabularyPart | None:
+        """This process's part of the vocabulary, if the logits of a part can be had alone: what follows the product acts on each."""
+        layer = self.inner.get_output_embeddings()
+        part = vocabulary_part(layer)
+        if part is None:
+            return None
+        embedding = self.inner.get_input_embeddings().weight
+        states = torch.randn(3, embedding.shape[1], generator=torch.Generator().manual_seed(0)).to(embedding.device, embedding.dtype)
         with evaluating(self.inner):
-            return all(is_close(self._head(some), some @ weight.T, exactly=True) for some in sizes)
+            wanted = self._head(states)[:, part.first : part.first + part.size]
+            with part.alone():
+                found = self._head(states)
+        is_apart = found.shape == wanted.shape and is_close(found, wanted, exactly=True)
+        return part if part.all_agree(is_apart, wanted.device) else None
 
 
 def packing_fault(model: Any) -> str | None:

@@ -8,6 +8,8 @@ STRATEGIES = Registry(
         "single": "swift.parallel.single:Single",
         "ddp": "swift.parallel.spread:Spread",
         "fsdp2": "swift.parallel.spread:Spread",
+        "deepspeed": "swift.parallel.deepspeed.strategy:DeepSpeed",
+        "megatron": "swift.parallel.megatron.strategy:Megatron",
     },
     group="swift.strategy",
 )

@@ -34,6 +34,9 @@ class Strategy(Protocol):
     def accumulate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch], count: float) -> "Sums":
         """Forward and backward over this process's batches of a step: the gradients of the loss divided by ``count``."""
 
+    def evaluate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch]) -> "Sums":
+        """Loss and metrics of this process's ``batches``, without gradients."""
+
     def clip_and_step(self, max_grad_norm: float) -> tuple[float, bool]:
         """Add gradients up over the processes, clip, update, clear.
 
@@ -43,8 +46,8 @@ class Strategy(Protocol):
     def whole(self, model: Any, *, only: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
         """Every tensor of ``model.state_dict()`` whose name ``only`` takes, whole and on the CPU: in the main process, {} elsewhere."""
 
-    def save(self, path: Path) -> None:
-        """Write optimizer and scaler state."""
+    def save(self, path: Path, *, in_background: bool = False) -> Any:
+        """Write optimizer and scaler state. What is still being written ``in_background`` is a Future, else None."""
 
     def load(self, path: Path) -> None:
         """Read it back: training goes on bit for bit on as many processes, and as exactly as sums allow on another number."""
@@ -61,6 +64,22 @@ class Sums:
         self.loss = self.loss + loss.detach().double() if loss.device.type != "mps" else self.loss + float(loss)
         for name, value in metrics.items():
             self.metrics[name] = self.metrics.get(name, 0.0) + (value.detach() if isinstance(value, Tensor) else value)
+
+    def include(self, other: "Sums") -> None:
+        """Add what ``other`` has."""
+        self.loss = self.loss + other.loss
+        for name, value in other.metrics.items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + value
+
+
+@torch.no_grad()
+def evaluate(strategy: Any, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch], device: torch.device) -> Sums:
+    """One batch after the other, forward only."""
+    sums = Sums()
+    for batch in batches:
+        with strategy.autocast():
+            sums.add(*strategy.call(objective.loss_sum, policy, reference, batch.to(device)))
+    return sums
 
 
 def accumulate(

@@ -1,5 +1,8 @@
 """From options to a strategy, and what it cannot be combined with: said before anything is loaded."""
 
+import contextlib
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +13,8 @@ from swift.config.optim import BITSANDBYTES
 from swift.errors import ConfigError
 from swift.parallel import STRATEGIES
 from swift.parallel.mesh import Mesh, Sizes, sizes_of
+from swift.parallel.pipeline.run import Pipeline
+from swift.parallel.pipeline.split import split
 from swift.parallel.world import World
 
 NOT_SHARDED = ("galore_adamw", "muon", "adafactor", *BITSANDBYTES)  # optimizers that look at whole matrices or blocks of numbers
@@ -63,6 +68,8 @@ def arrange(config: SftConfig, world: World) -> Arrangement:
         )
     if found.is_sharded:
         _refuse(config, found.strategy)
+    if (check := getattr(STRATEGIES.get(found.strategy), "check", None)) is not None:
+        check(config, sizes)
     return found
 
 
@@ -81,7 +88,7 @@ def _refuse(config: SftConfig, name: str) -> None:
             f"--tuner_type {config.tuner_type} and {said} cannot be combined: it changes whole matrices while training",
             hint="use --tuner_type lora, or --strategy ddp",
         )
-    if config.quant_method is not None and name != "fsdp2":
+    if config.quant_method is not None and name not in ("fsdp2", "deepspeed"):
         raise ConfigError(f"--quant_method {config.quant_method} and {said} cannot be combined", hint="use --strategy ddp or fsdp2")
     if config.eval_dataset:
         raise ConfigError(
@@ -96,18 +103,45 @@ def _refuse(config: SftConfig, name: str) -> None:
         config.derive("report_samples", 0, said)
 
 
-def make_strategy(config: SftConfig, arrangement: Arrangement, world: World, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """The strategy of this process, with ``dtype`` as the precision of the forward passes."""
+def make_strategy(
+    config: SftConfig,
+    arrangement: Arrangement,
+    world: World,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    tokens: int,
+    is_flat: bool,
+) -> Any:
+    """The strategy of this process, with ``dtype`` as the precision of the forward passes, of which the largest has ``tokens``."""
     if arrangement.strategy == "single":
         return STRATEGIES.get("single")(device, autocast_dtype=dtype)
     if arrangement.strategy in ("ddp", "fsdp2"):
+        mesh = Mesh(arrangement.sizes, device.type)
         return STRATEGIES.get(arrangement.strategy)(
             world,
-            Mesh(arrangement.sizes, device.type),
+            mesh,
             device,
             shards=arrangement.strategy == "fsdp2",
             autocast_dtype=dtype,
             cpu_offload=config.fsdp_cpu_offload,
             reshard_after_forward=config.fsdp_reshard_after_forward,
+            split=_split(config, mesh, device, dtype, tokens, is_flat) if mesh.size("pp") > 1 else None,
         )
     return STRATEGIES.get(arrangement.strategy)(config, world, device, dtype)
+
+
+def _split(
+    config: SftConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype | None, tokens: int, is_flat: bool
+) -> Callable[[Any], Pipeline]:
+    """What leaves in a model the stages of this process."""
+    return functools.partial(
+        split,
+        group=mesh.group("pp"),
+        device=device,
+        tokens=tokens,
+        is_flat=is_flat,
+        schedule=config.pipeline_schedule,
+        virtual=config.virtual_pipeline_model_parallel_size,
+        autocast=contextlib.nullcontext if dtype is None else functools.partial(torch.autocast, device.type, dtype=dtype),
+    )

@@ -15,7 +15,7 @@ from swift.files import save_torch
 from swift.model.batch import Batch
 from swift.objectives.base import Objective
 from swift.parallel import state
-from swift.parallel.base import Sums, accumulate
+from swift.parallel.base import Sums, accumulate, evaluate
 from swift.parallel.world import World
 
 SMALLEST_SCALE = 2.0**-14
@@ -52,6 +52,9 @@ class Single:
     def accumulate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch], count: float) -> Sums:
         return accumulate(self, policy, objective, reference, batches, count, self.device)
 
+    def evaluate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch]) -> Sums:
+        return evaluate(self, policy, objective, reference, batches, self.device)
+
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
@@ -71,7 +74,7 @@ class Single:
     def whole(self, model: Any, *, only: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
         return {name: tensor.cpu() for name, tensor in model.state_dict().items() if only is None or only(name)}
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, in_background: bool = False) -> Any:
         save_torch(path, {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()})
 
     def load(self, path: Path) -> None:

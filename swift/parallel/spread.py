@@ -1,4 +1,4 @@
-"""The strategy for several processes: copies of the model (DDP), or parts of it (FSDP2), on one mesh."""
+"""The strategy for several processes: copies of the model (DDP), or parts of it (FSDP2), whole or in stages, on one mesh."""
 
 import contextlib
 import math
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -15,9 +16,10 @@ from swift.errors import ConfigError, TrainingError
 from swift.model.batch import Batch
 from swift.objectives.base import Objective
 from swift.parallel import state
-from swift.parallel.base import Sums, accumulate
+from swift.parallel.base import Sums, accumulate, evaluate
 from swift.parallel.gradients import local, scale, total_norm
 from swift.parallel.mesh import Mesh
+from swift.parallel.pipeline.run import Pipeline
 from swift.parallel.replicate import Replicas
 from swift.parallel.scaling import LossScale
 from swift.parallel.shard import shard
@@ -38,17 +40,26 @@ class Spread:
         autocast_dtype: torch.dtype | None = None,
         cpu_offload: bool = False,
         reshard_after_forward: bool = True,
+        split: Callable[[Any], Pipeline] | None = None,
     ) -> None:
-        self.world, self.mesh, self.device, self.shards, self.autocast_dtype = world, mesh, device, shards, autocast_dtype
+        """``split`` leaves in a model the stages of a pipeline that this process has."""
+        self.world, self.mesh, self.device, self.autocast_dtype = world, mesh, device, autocast_dtype
+        self.cuts_parameters = shards
+        self.shards = shards or split is not None  # no process holds all weights
         self.cpu_offload, self.reshard_after_forward = cpu_offload, reshard_after_forward
         self.scale = LossScale() if autocast_dtype == torch.float16 else None
+        self.split = split
+        self.pipeline: Pipeline | None = None
         self._entry: Any = None
+        self._writers: Any = None  # processes as they write in the background
 
     def prepare(self, model: Any, make_optimizer: Callable[[Any], Optimizer]) -> tuple[Any, Optimizer]:
-        if self.shards:
+        if self.split is not None:
+            self.pipeline = self.split(model)
+        if self.cuts_parameters:
             inner = model.get_base_model() if hasattr(model, "get_base_model") else model
             try:
-                blocks = list(blocks_of(inner))
+                blocks = list(blocks_of(inner)) if self.pipeline is None else self.pipeline.stages.local_blocks
             except ConfigError as problem:
                 raise ConfigError(f"--fsdp cannot be used with this model: {problem.message}", hint="leave --fsdp away") from None
             self._entry = shard(
@@ -64,6 +75,8 @@ class Spread:
         self.model = model
         self.optimizer = make_optimizer(model)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        counts = self.pipeline.is_counted if self.pipeline is not None else lambda _: True
+        self.counted = [parameter for name, parameter in model.named_parameters() if parameter.requires_grad and counts(name)]
         copies = [parameter for parameter in self.parameters if not isinstance(parameter, DTensor)]
         self.replicas = Replicas(copies, self.mesh.data.get_group())
         return model, self.optimizer
@@ -90,20 +103,33 @@ class Spread:
         return add(values, self.device, self.mesh.data.get_group())
 
     def accumulate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch], count: float) -> Sums:
+        if self.pipeline is not None:
+            return self.pipeline.accumulate(self, policy, objective, reference, batches, count, backward=self._scaled_backward)
         self._left = len(batches) + (batches[0].root_ids is not None)
         return accumulate(self, policy, objective, reference, batches, count, self.device)
+
+    def evaluate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch]) -> Sums:
+        if self.pipeline is not None:
+            return self.pipeline.evaluate(self, policy, objective, reference, batches)
+        return evaluate(self, policy, objective, reference, batches, self.device)
 
     def backward(self, loss: Tensor) -> None:
         self._left -= 1
         if self._left == 0:
             self.replicas.expect()
+        self._scaled_backward(loss)
+
+    def _scaled_backward(self, loss: Tensor) -> None:
         (loss if self.scale is None else loss * self.scale.value).backward()
 
     def clip_and_step(self, max_grad_norm: float) -> tuple[float, bool]:
         self.replicas.finish()
+        if self.pipeline is not None:
+            self.pipeline.add_shared_gradients()
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        counted = [parameter.grad for parameter in self.counted if parameter.grad is not None]
         factor = 1.0 if self.scale is None else 1.0 / self.scale.value
-        norm = total_norm(gradients, self.device) * factor
+        norm = total_norm(counted, self.device, [self.pipeline.group] if self.pipeline is not None else []) * factor
         is_finite = math.isfinite(norm)
         if is_finite:
             clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm > 0 else 1.0  # as torch clips
@@ -119,6 +145,7 @@ class Spread:
     def whole(self, model: Any, *, only: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
         self._let_go()
         found: dict[str, Tensor] = {}
+        is_first = all(self.mesh.rank(axis) == 0 for axis in ("dp", "cp", "tp"))  # the main process, or the first of its stage
         first: dict[int, str] = {}  # a tied weight is gathered once, and stays one tensor
         ids = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
         for name, tensor in model.state_dict().items():
@@ -126,12 +153,14 @@ class Spread:
                 continue
             same = first.setdefault(ids.get(name, id(tensor)), name)
             if same != name:
-                if self.world.is_main:
+                if is_first:
                     found[name] = found[same]
                 continue
             gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if self.world.is_main:
+            if is_first:
                 found[name] = gathered.detach().cpu()
+        if self.pipeline is not None and is_first:
+            return self.pipeline.whole(found, only=only)
         return found
 
     def local_bytes(self) -> dict[str, int]:
@@ -142,9 +171,19 @@ class Spread:
             "optimizer": sum(local(value).numel() * value.element_size() for value in states),
         }
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, in_background: bool = False) -> Any:
         self._let_go()
-        state.save(path, self.model, self.optimizer, self.world, is_sharded=self.shards, scale=self.scale)
+        if in_background and self._writers is None:
+            self._writers = dist.new_group(backend="gloo")
+        return state.save(
+            path,
+            self.model,
+            self.optimizer,
+            self.world,
+            is_sharded=self.shards,
+            scale=self.scale,
+            in_background=self._writers if in_background else None,
+        )
 
     def load(self, path: Path) -> None:
         self._let_go()

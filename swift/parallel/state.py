@@ -28,16 +28,24 @@ def folder_of(path: Path) -> Path:
 
 
 def exists(path: Path) -> bool:
-    return path.is_file() or (folder_of(path) / ".metadata").is_file()
+    """Whether there is a state: one file, a folder of parts, or what DeepSpeed keeps beside it."""
+    return path.is_file() or (folder_of(path) / ".metadata").is_file() or (path.parent / "latest").is_file()
 
 
-def save(path: Path, model: Any, optimizer: Optimizer, world: World, *, is_sharded: bool, scale: Any = None) -> None:
-    """Write the state of ``optimizer``; every process comes here. ``path`` is on a disk that all of them see."""
+def save(
+    path: Path, model: Any, optimizer: Optimizer, world: World, *, is_sharded: bool, scale: Any = None, in_background: Any = None
+) -> Any:
+    """Write the state of ``optimizer``; every process comes here. ``path`` is on a disk that all of them see.
+
+    With ``in_background``, a process group of its own, parts are copied now and written later: what is returned then tells
+    when they are (a Future). In the group of the training the two would answer one another.
+    """
     scaler = {} if scale is None else scale.state_dict()
     if not is_sharded:
         if world.is_main:
             save_torch(path, {"optimizer": optimizer.state_dict(), "scaler": scaler})
-        return
+        return None
+    from torch.distributed.checkpoint.state_dict_saver import async_save
     from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
     names = names_of(model)
@@ -45,8 +53,12 @@ def save(path: Path, model: Any, optimizer: Optimizer, world: World, *, is_shard
         f"{names[parameter]}/{key}": value for parameter, own in optimizer.state.items() for key, value in own.items()
     }
     tensors |= {GROUPS: json.dumps(_settings(optimizer)), SCALER: json.dumps(scaler)}
+    writer = FileSystemWriter(folder_of(path))
     with _quiet():
-        save_parts(tensors, storage_writer=FileSystemWriter(folder_of(path)), no_dist=world.is_alone)
+        if in_background is not None:
+            return async_save(tensors, storage_writer=writer, process_group=in_background)
+        save_parts(tensors, storage_writer=writer, no_dist=world.is_alone)
+    return None
 
 
 def load(path: Path, model: Any, optimizer: Optimizer, world: World, device: torch.device, *, scale: Any = None) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,49 +23,79 @@ OPTIMIZER_FILE = "optimizer.pt"
 SCHEDULE_FILE = "scheduler.pt"
 
 
-def save_checkpoint(
-    run: RunDirectory,
-    *,
-    model: Any,
-    tokenizer: Any,
-    tuner: Tuner,
-    strategy: Strategy,
-    schedule: Any,
-    state: TrainState,
-    args: dict[str, Any],
-    max_shard_size: str,
-    only_model: bool,
-    world: World,
-) -> Path:
-    """Write checkpoint-STEP and record its digest in the audit; an existing one of that step is kept.
+class Checkpoints:
+    """The checkpoints of a run: each written whole or not at all, the last one perhaps while training goes on."""
 
-    Every process comes here; the main one writes all but its parts of the optimizer's state.
-    """
-    path = run / f"checkpoint-{state.global_step}"
-    if world.broadcast(path.exists()):
-        return path
-    with new_folder(path) if world.is_main else contextlib.nullcontext() as mine:
-        folder = world.broadcast(mine)
-        if strategy.shards:
-            _save_whole(model, strategy, tuner, folder, max_shard_size, writes=world.is_main)
-        elif world.is_main:
-            tuner.save(model, folder, max_shard_size=max_shard_size)
-        if not only_model:
-            strategy.save(folder / OPTIMIZER_FILE)
-        if world.is_main:
-            if not (folder / "adapter_config.json").exists():
-                tokenizer.save_pretrained(folder)
+    def __init__(self, run: RunDirectory, world: World, *, then: Callable[[Path], None], in_background: bool = False) -> None:
+        self.run, self.world, self.in_background = run, world, in_background
+        self.then = then  # what the main process does when a checkpoint is there
+        self._open: contextlib.ExitStack | None = None  # the folder that has no name yet
+        self._path: Path | None = None
+        self._left: Any = None  # what this process is still writing
+
+    def save(
+        self,
+        *,
+        model: Any,
+        tokenizer: Any,
+        tuner: Tuner,
+        strategy: Strategy,
+        schedule: Any,
+        state: TrainState,
+        args: dict[str, Any],
+        max_shard_size: str,
+        only_model: bool,
+    ) -> Path:
+        """Write checkpoint-STEP and record its digest in the audit; an existing one of that step is kept.
+
+        Every process comes here; the main one writes all but its parts of the optimizer's state.
+        """
+        self.finish()
+        path, world = self.run / f"checkpoint-{state.global_step}", self.world
+        if world.broadcast(path.exists()):
+            if world.is_main:
+                self.then(path)
+            return path
+        with contextlib.ExitStack() as stack:
+            folder = world.broadcast(stack.enter_context(new_folder(path)) if world.is_main else None)
+            if strategy.shards:
+                _save_whole(model, strategy, tuner, folder, max_shard_size, writes=world.is_main)
+            elif world.is_main:
+                tuner.save(model, folder, max_shard_size=max_shard_size)
             if not only_model:
-                save_torch(folder / SCHEDULE_FILE, schedule.state_dict())
-            write_json(folder / STATE_FILE, state.to_json())
-            write_json(folder / ARGS_FILE, args)
-        world.barrier()
-    world.barrier()  # the folder has its name now
-    if not world.is_main:
+                self._left = strategy.save(folder / OPTIMIZER_FILE, in_background=self.in_background)
+            if world.is_main:
+                if not (folder / "adapter_config.json").exists():
+                    tokenizer.save_pretrained(folder)
+                if not only_model:
+                    save_torch(folder / SCHEDULE_FILE, schedule.state_dict())
+                write_json(folder / STATE_FILE, state.to_json())
+                write_json(folder / ARGS_FILE, args)
+            self._open, self._path = stack.pop_all(), path
+        if self._left is None:
+            self.finish()
         return path
-    weights = {file.name: sha256_file(file) for file in sorted(path.glob("*.safetensors"))}
-    audit.append(run / "audit.jsonl", "checkpoint", {"checkpoint": path.name, "sha256": weights})
-    return path
+
+    def finish(self) -> None:
+        """Wait until what is being written is there, and give it its name. Every process comes here."""
+        if self._open is None or self._path is None:
+            return
+        opened, path, self._open, self._path = self._open, self._path, None, None
+        with opened:
+            if self._left is not None:
+                self._left.result()
+                self._left = None
+            self.world.barrier()
+        self.world.barrier()  # the folder has its name now
+        if self.world.is_main:
+            weights = {file.name: sha256_file(file) for file in sorted(path.glob("*.safetensors"))}
+            audit.append(self.run / "audit.jsonl", "checkpoint", {"checkpoint": path.name, "sha256": weights})
+            self.then(path)
+
+    def finish_if_written(self, device: torch.device) -> None:
+        """Give the checkpoint its name if every process has written its part."""
+        if self._left is not None and not self.world.any(not self._left.done(), device):
+            self.finish()
 
 
 def _save_whole(model: Any, strategy: Strategy, tuner: Tuner, folder: Path, max_shard_size: str, *, writes: bool) -> None:
@@ -73,7 +103,8 @@ def _save_whole(model: Any, strategy: Strategy, tuner: Tuner, folder: Path, max_
     kept = tuner.kept(model)
     state = strategy.whole(model, only=None if kept is None else kept.__contains__)
     if writes:
-        with _seen_whole(model, state):
+        pipeline = getattr(strategy, "pipeline", None)
+        with pipeline.stages.seen_whole() if pipeline is not None else contextlib.nullcontext(), _seen_whole(model, state):
             tuner.save(model, folder, max_shard_size=max_shard_size)
 
 

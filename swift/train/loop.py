@@ -1,5 +1,6 @@
 """The training loop. It knows nothing of losses, models or parallelism."""
 
+import itertools
 import math
 import queue
 import signal
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from swift import progress
 from swift.errors import TrainingError
 from swift.model.batch import Batch
 from swift.objectives.base import Objective, Policy
@@ -18,6 +20,7 @@ from swift.parallel.base import Strategy, Sums
 from swift.train.state import TrainState
 
 T = TypeVar("T")
+AT_ONCE = 32  # forward passes of an evaluation that a strategy is given together; a pipeline is filled and drained once for them
 
 
 @dataclass
@@ -51,6 +54,7 @@ def train_step(
     loss_sum, *values = strategy.add([float(sums.loss), *(float(sums.metrics[name]) for name in names)])
     if not math.isfinite(loss_sum):
         raise TrainingError(f"the loss is {loss_sum}")
+    progress.mark(phase="clip and step")
     grad_norm, was_applied = strategy.clip_and_step(max_grad_norm)
     metrics = dict(zip(names, values, strict=True))
     return StepResult(loss_sum / max(count, 1.0), loss_sum, count, metrics, grad_norm, round(tokens), round(computed), was_applied)
@@ -63,7 +67,6 @@ def evaluate(
     *,
     objective: Objective,
     strategy: Strategy,
-    device: torch.device,
     reference: Any = None,
 ) -> dict[str, float]:
     """eval_loss and the objective's metrics over all ``batches`` of all processes: sums divided once."""
@@ -72,10 +75,10 @@ def evaluate(
     model.eval()
     sums, count = Sums(), 0.0
     begin = time.monotonic()
-    for batch in batches:
-        with strategy.autocast():
-            sums.add(*strategy.call(objective.loss_sum, policy, reference, batch.to(device)))
-        count += objective.count(batch)
+    while parts := list(itertools.islice(batches, AT_ONCE)):
+        progress.mark(phase="evaluate")
+        sums.include(strategy.evaluate(policy, objective, reference, parts))
+        count += sum(objective.count(batch) for batch in parts)
     model.train(was_training)
     names = sorted(sums.metrics)
     count, loss_sum, *values = strategy.add([count, float(sums.loss), *(float(sums.metrics[name]) for name in names)])

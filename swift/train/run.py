@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from swift import audit, console, hub
+from swift import audit, console, hub, progress
 from swift.config.commands import SftConfig
 from swift.config.options import to_dict
 from swift.data.collate import flat_batches, padded_batch
@@ -30,7 +30,7 @@ from swift.parallel.world import World, join
 from swift.train import checkpoint as checkpoints
 from swift.train import reference as references
 from swift.train import report
-from swift.train.activations import choose_checkpointing
+from swift.train.activations import choose_checkpointing, largest_pass
 from swift.train.build import autocast_dtype, choose_flat, load_for_training
 from swift.train.checkpoint import check_resumable, load_optimizer
 from swift.train.compile import compile_blocks
@@ -117,6 +117,7 @@ class Session:
     ) -> None:
         self.config, self.run, self.data, self.steps, self.device = config, run, data, steps, choose_device(config.device)
         self.world = world
+        self.checkpoints = checkpoints.Checkpoints(run, world, in_background=config.async_save, then=self._tidy)
         self.tokenizer, self.loaded, self.tasks = loaded.tokenizer, loaded, tasks
         self.objective = references.make_objective(config)
         self.tuner = TUNERS.get(config.tuner_type)()
@@ -124,10 +125,11 @@ class Session:
         self.is_new_best = False
         if config.report_samples and config.changes_base and world.is_main:
             self.before = report.answers(loaded.model, self.tokenizer, data, config)
-        self.strategy = make_strategy(config, arrangement, world, self.device, autocast_dtype(config, loaded.dtype))
-        self.reader, self.is_split = arrangement.reader(world.rank), self.strategy.shards
         second = references.load_second_model(config, loaded, reference.path if reference else None)
         self.is_flat = all([choose_flat(config, model) for model in (loaded.model, second) if model is not None])
+        dtype, (tokens, _) = autocast_dtype(config, loaded.dtype), largest_pass(config, steps, is_flat=self.is_flat)
+        self.strategy = make_strategy(config, arrangement, world, self.device, dtype, tokens=tokens, is_flat=self.is_flat)
+        self.reader, self.is_split = arrangement.reader(world.rank), self.strategy.shards
         if not config.torch_compile:
             use_lean_norms(loaded.model)
         if reference is not None and config.precompute_ref_log_probs:  # type: ignore[attr-defined]
@@ -184,12 +186,15 @@ class Session:
             with contextlib.closing(ready):  # type: ignore[type-var]
                 for step, batches in ready if not self._is_out_of_patience() else ():
                     self._step(step, batches)
+                    progress.mark(phase="stop or go on")
+                    self.checkpoints.finish_if_written(self.device)
                     is_last = state.global_step == self.steps.total or self._is_out_of_patience()
                     if self.world.any(stop.is_set, self.device) and not is_last:
                         self._leave_early()
                     if is_last:
                         break
         saved = self._save() if config.save_strategy != "no" else None
+        self.checkpoints.finish()
         saved = self._take_best(saved)
         self._finish(saved)
         return TrainResult(self.run.path, saved, state)
@@ -197,6 +202,7 @@ class Session:
     def _step(self, step: Step, batches: list[Batch]) -> None:
         """One optimizer step and what is due after it: log, evaluation, checkpoint."""
         config, state, begin = self.config, self.state, time.monotonic()
+        progress.mark(step=state.global_step + 1, phase="forward and backward")
         seed_step(config.seed, state.global_step, self.world.rank)
         try:
             result = train_step(
@@ -243,9 +249,9 @@ class Session:
         values: dict[str, float] = {}
         if self.data.validation is not None:
             parts = (batch for examples in self._evaluation_passes(self.data.validation) for batch in self._collate([examples]))
-            how: dict[str, Any] = {"objective": self.objective, "strategy": self.strategy, "device": self.device}
-            values = evaluate(self.policy, parts, reference=self.reference, **how)
+            values = evaluate(self.policy, parts, objective=self.objective, strategy=self.strategy, reference=self.reference)
         if self.tasks is not None:
+            progress.unwatch("evaluate tasks")
             own = evaluate_tasks(self.tasks, self.loaded, self.model, is_compiled=self.config.torch_compile) if self.world.is_main else {}
             values |= self.world.broadcast(own)
         self.state.log_history.append(self.trackers.log(self.state.global_step, self.state.epoch, values))
@@ -269,9 +275,9 @@ class Session:
         return interval is not None and self.state.evaluations_without_gain >= interval
 
     def _save(self) -> Path:
+        progress.mark(phase="save")
         config = self.config
-        path = checkpoints.save_checkpoint(
-            self.run,
+        return self.checkpoints.save(
             model=self.model,
             tokenizer=self.tokenizer,
             tuner=self.tuner,
@@ -281,10 +287,11 @@ class Session:
             args=to_dict(config),
             max_shard_size=config.max_shard_size,
             only_model=config.save_only_model,
-            world=self.world,
         )
-        if not self.world.is_main:
-            return path
+
+    def _tidy(self, path: Path) -> None:
+        """What is done when the checkpoint ``path`` is there: older ones go, links follow."""
+        config = self.config
         if config.save_total_limit is not None:
             checkpoints.prune(self.run, config.save_total_limit, best_step=self.state.best_step)
         if config.create_checkpoint_symlink:
@@ -292,7 +299,6 @@ class Session:
             best = self.run / f"checkpoint-{self.state.best_step}"
             if best.exists():
                 checkpoints.link(self.run, "best", best.name)
-        return path
 
     def _resume(self, path: Path) -> None:
         if self.config.resume_only_model:
@@ -343,6 +349,7 @@ class Session:
         return best
 
     def _finish(self, saved: Path | None) -> None:
+        progress.unwatch("report")
         if not self.world.is_main:
             return
         planned = {"memory": self.checkpointing.facts()} if self.checkpointing else {}
@@ -377,6 +384,7 @@ class Session:
                 hint="save_strategy or save_only_model forbids it",
             )
         path = self._save()
+        self.checkpoints.finish()
         raise Interrupted(f"stopped after step {self.state.global_step}; saved {path}", hint=f"{how} goes on")
 
     def _on_stop(self) -> None:

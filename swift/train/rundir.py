@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from swift import progress
 from swift.errors import CheckpointError, MachineError
 from swift.files import explain_os_errors
 from swift.model.checkpoints import checkpoints_in
@@ -40,6 +41,7 @@ class RunDirectory:
             ) from None
         for remains in self.path.glob(".*.tmp"):
             shutil.rmtree(remains) if remains.is_dir() else remains.unlink()
+        progress.tell_run(self.path)
         return self
 
     def __exit__(self, *_: object) -> None:

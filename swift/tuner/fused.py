@@ -45,7 +45,8 @@ class Fused:
 def fuse(model: Any, probe_ids: Tensor) -> Fused:
     """Replace the forward passes of ``model``'s plain LoRA layers; which ones share their input is seen on ``probe_ids`` (1, T).
 
-    Layers with DoRA, a bias of their own, quantized weights or several adapters keep PEFT's forward pass.
+    Layers with DoRA, a bias of their own, quantized weights, weights that processes share, or several adapters keep PEFT's
+    forward pass.
     """
     order = _in_order_of_use(model, probe_ids)
     fused = Fused()
@@ -92,6 +93,8 @@ def _is_plain(layer: Any) -> bool:
     from peft.tuners.lora import Linear
 
     if type(layer) is not Linear or type(layer.base_layer) is not nn.Linear or len(layer.active_adapters) != 1:
+        return False
+    if hasattr(layer.base_layer.weight, "to_local"):  # a DTensor
         return False
     name = layer.active_adapters[0]
     if name not in layer.lora_A or getattr(layer, "lora_variant", {}).get(name) is not None:

@@ -92,12 +92,12 @@ def test_dashes_equal_underscores():
         ("predict_with_generate", "false"),
         ("predict_with_generate", False),
         ("predict_with_generate", "False"),
-        ("sequence_parallel_size", 1),
+        ("sequence_parallel", "false"),
         ("label_smoothing_factor", "0.0"),
         ("callbacks", []),
         ("model_kwargs", "{}"),
-        ("deepspeed", None),
-        ("ddp_timeout", 1800),
+        ("fsdp_num", 1),
+        ("ddp_bucket_cap_mb", 25),
     ],
 )
 def test_a_value_that_asks_for_what_happens_anyway_is_inert(name, value):
@@ -109,8 +109,8 @@ def test_a_value_that_asks_for_what_happens_anyway_is_inert(name, value):
     [
         ("predict_with_generate", "true"),
         ("predict_with_generate", True),
-        ("sequence_parallel_size", "2"),
-        ("deepspeed", "zero2"),
+        ("tp", "2"),
+        ("fsdp_config", "a.json"),
         ("callbacks", ["a"]),
         ("dataloader_drop_last", True),
         ("tf32", "true"),

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 import swift.parallel.spread
 import swift.train.run
-
 from tests.ranks import run_ranks
 
 # What each forked process would import by itself.
@@ -108,7 +107,7 @@ def _model(path):
 def test_a_run_goes_on_in_another_number_of_processes(tiny_model, rows, tmp_path, tuner):
     options = {"tuner_type": tuner, "gradient_accumulation_steps": 2}
     options |= {"lora_dropout": 0.0} if tuner == "lora" else {}
-    run_ranks(2, _train, (tiny_model, rows, tmp_path / "parts", {**options, "fsdp": "fsdp2"}))
+    run_ranks(2, _train, (tiny_model, rows, tmp_path / "parts", {**options, "fsdp": "fsdp2", "async_save": True}))
     run_ranks(2, _train, (tiny_model, rows, tmp_path / "copies", options))
     assert (tmp_path / "parts/checkpoint-2/optimizer/.metadata").is_file()
     assert (tmp_path / "copies/checkpoint-2/optimizer.pt").is_file()

@@ -1,0 +1,203 @@
+"""What a process holds and sends, by formula, for each way to spread a model: before a machine is rented.
+
+Bytes are exact for weights, gradients, optimizer and traffic. Activations are those of attention kernels that keep no
+scores (Korthikanti et al. 2022, arXiv:2205.05198, equation 2 without its last term), in 16 bits.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+# s tokens of a micro-batch, h model width, L blocks, V vocabulary, n processes of an axis
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A decoder of equal blocks, as its config.json describes it."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> "Shape":
+        """From a config.json in the words of transformers."""
+        heads = int(config["num_attention_heads"])
+        experts = int(config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts") or 0)
+        return cls(
+            layers=int(config["num_hidden_layers"]),
+            hidden=int(config["hidden_size"]),
+            intermediate=int((experts and config.get("moe_intermediate_size")) or config["intermediate_size"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            vocabulary=int(config["vocab_size"]),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            experts=experts,
+            experts_per_token=int(config.get("num_experts_per_tok") or 0),
+        )
+
+    @property
+    def attention(self) -> int:
+        """Parameters of the attention of one block."""
+        return self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+
+    @property
+    def feedforward(self) -> int:
+        """Parameters of the gated feed-forward layers of one block, of all its experts and their router."""
+        one = 3 * self.hidden * self.intermediate
+        return one * self.experts + self.hidden * self.experts if self.experts else one
+
+    @property
+    def block(self) -> int:
+        return self.attention + self.feedforward + 2 * self.hidden
+
+    @property
+    def outside(self) -> int:
+        """Parameters outside of the blocks: embedding, last norm, head."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.block + self.outside
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is trained, in which precision, and how many tokens one process sees at a time."""
+
+    tokens: int
+    """Tokens of a micro-batch, of all processes that share it."""
+    micro_batches: int = 1
+    weight_bytes: float = 2
+    trained: float = 1.0
+    """Share of the parameters that is trained: 1 for full tuning, about 0.005 for LoRA."""
+    gradient_bytes: int = 4
+    optimizer_bytes: int = 8
+    """Of AdamW in float32; 12 with a float32 copy of 16-bit weights."""
+    checkpointing: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Processes along each axis, and what the data axis does with weights: copies (DDP) or parts (FSDP)."""
+
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    shards: bool = True
+
+    @property
+    def processes(self) -> int:
+        return self.dp * self.cp * self.tp * self.pp
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes in one process, the one that has most."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float  # weights that are whole for a while
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one process sends in an optimizer step, by what they are for."""
+
+    gradients: float = 0.0
+    weights: float = 0.0
+    layers: float = 0.0  # tensor parallel
+    sequence: float = 0.0
+    stages: float = 0.0
+    experts: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.gradients + self.weights + self.layers + self.sequence + self.stages + self.experts
+
+
+def memory(shape: Shape, work: Work, spread: Spread) -> Memory:
+    """What one process holds at most: one of the first pipeline stage, which has most micro-batches under way."""
+    own = _own_parameters(shape, spread)
+    parts = spread.dp * spread.cp if spread.shards else 1
+    gathered = 0.0
+    if spread.shards and parts > 1:
+        # Two blocks, one that computes and one that comes, and what is outside of them, which stays.
+        gathered = (2 * _block(shape, spread) + _outside(shape, spread)) * work.weight_bytes
+    return Memory(
+        weights=own * work.weight_bytes / parts,
+        gradients=own * work.trained * work.gradient_bytes / parts,
+        optimizer=own * work.trained * work.optimizer_bytes / parts,
+        gathered=gathered,
+        activations=_activations(shape, work, spread),
+    )
+
+
+def traffic(shape: Shape, work: Work, spread: Spread) -> Traffic:
+    """What one process sends in a step. Rings send a sum of b bytes in 2 b (n - 1) / n, a part of it in half of that."""
+    own, n = _own_parameters(shape, spread), spread.dp * spread.cp
+    ring = (n - 1) / n
+    if spread.shards:
+        # Blocks are gathered for the forward and again for the backward pass, the rest once; gradients of each micro-batch go out.
+        outside = _outside(shape, spread)
+        weights = (2 * (own - outside) + outside) * work.weight_bytes * ring * work.micro_batches
+        gradients = own * work.trained * work.gradient_bytes * ring * work.micro_batches
+    else:
+        weights, gradients = 0.0, 2 * own * work.trained * work.gradient_bytes * ring
+    layers = shape.layers / spread.pp
+    states = work.tokens / spread.cp * shape.hidden * work.weight_bytes * work.micro_batches
+    # Two sums in the forward pass of a block, two in its backward pass, one more of each where it is computed again.
+    sums = 2 * (3 if work.checkpointing else 2)
+    heads = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim / shape.hidden
+    times = 3 if work.checkpointing else 2
+    return Traffic(
+        gradients=gradients,
+        weights=weights,
+        layers=layers * sums * 2 * states * (spread.tp - 1) / spread.tp,
+        sequence=layers * times * states * heads / spread.tp * (spread.cp - 1) / spread.cp,
+        stages=2 * states if spread.pp > 1 else 0.0,
+        experts=layers * times * 2 * states * max(shape.experts_per_token, 1) * (spread.ep - 1) / spread.ep if shape.experts else 0.0,
+    )
+
+
+def _block(shape: Shape, spread: Spread) -> float:
+    """Parameters of one block in one process, before they are cut by the data axis."""
+    experts = shape.feedforward / spread.ep if shape.experts else shape.feedforward / spread.tp
+    return shape.attention / spread.tp + experts + 2 * shape.hidden
+
+
+def _outside(shape: Shape, spread: Spread) -> float:
+    """Of the first or last stage: with several stages an embedding or a head."""
+    whole = shape.outside if spread.pp == 1 else shape.vocabulary * shape.hidden
+    return whole / spread.tp
+
+
+def _own_parameters(shape: Shape, spread: Spread) -> float:
+    return shape.layers / spread.pp * _block(shape, spread) + _outside(shape, spread)
+
+
+def _activations(shape: Shape, work: Work, spread: Spread) -> float:
+    """Of the micro-batches under way, as many as there are stages; of one block all, of the others their input, if checkpointed."""
+    s, h = work.tokens / spread.cp, shape.hidden
+    width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    active = shape.intermediate * (shape.experts_per_token or 1)
+    # Inputs of both norms and of attention and feed-forward layers; q, k, v and what attention gives; three of the gated layer's.
+    one = s * (8 * h + 2 * (width + shape.heads * shape.head_dim) / spread.tp + 2 * 3 * active / spread.tp)
+    layers = shape.layers / spread.pp
+    under_way = min(spread.pp, work.micro_batches)
+    return under_way * layers * s * h * 2 + one if work.checkpointing else under_way * layers * one

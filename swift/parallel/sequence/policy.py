@@ -1,0 +1,37 @@
+"""A policy for objectives that know nothing of parts: they see whole batches, and what the whole of one gives."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from swift.model.batch import Batch
+from swift.parallel.sequence.exchange import Total
+from swift.parallel.sequence.share import Share
+from swift.parallel.sequence.split import split
+
+
+class PartPolicy:
+    """``policy``, each of whose passes is shared by the processes of ``share``.
+
+    What comes out is the same in all of them, so any function of it is a loss of whole documents; it counts once, not once
+    for each process. The backward pass gives every process its own part of the gradients: they are to be added up.
+    """
+
+    def __init__(self, policy: Any, share: Share) -> None:
+        self.policy, self.share, self.model = policy, share, policy.model
+
+    def cross_entropy(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As of ``Policy``, of the whole batch."""
+        loss, right = self.policy.cross_entropy(split(batch, self.share))
+        return Total.apply(loss, self.share.group), Total.apply(right, self.share.group)
+
+    def logps(self, batch: Batch) -> Tensor:
+        """(num_documents,) as of ``Policy``, of whole documents, wherever their tokens are."""
+        logps: Tensor = Total.apply(self.policy.logps(split(batch, self.share)), self.share.group)
+        return logps
+
+    def root(self, ids_P: Tensor | None, document_length: int | None = None) -> AbstractContextManager[None]:
+        """As of ``Policy``: every process computes the whole root."""
+        context: AbstractContextManager[None] = self.policy.root(ids_P, document_length)
+        return context

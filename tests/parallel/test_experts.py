@@ -1,0 +1,194 @@
+"""Experts in parts, whose tokens come and go, are the experts of one process."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from swift.data.collate import flat_batch
+from swift.errors import ConfigError
+from swift.model.policy import Policy, packing_fault
+from swift.parallel.experts import expert_meshes, expert_parameters, use_expert_parallel
+from swift.parallel.sequence import make_share, split, use_sequence_parallel
+from swift.parallel.world import join
+from tests.families import build
+from tests.ranks import run_ranks
+
+FAMILIES = {"qwen3_moe": "grouped_mm", "mixtral": "eager", "gpt_oss": "grouped_mm"}
+TOLERANCE = 1e-5
+
+
+def rows(count):
+    """As many documents, each all trained."""
+    generator = torch.Generator().manual_seed(7)
+    texts = [torch.randint(3, 128, (9 + 2 * number,), generator=generator).tolist() for number in range(count)]
+    return [{"input_ids": ids, "labels": ids} for ids in texts]
+
+
+def deviation(whole, part, whole_batch, batch, same_experts):
+    """The largest one of loss and gradients; those of experts are added up over ``same_experts`` alone."""
+    wanted = Policy(whole).cross_entropy(whole_batch)[0]
+    wanted.backward()
+    wanted = wanted.detach()
+    loss = Policy(part).cross_entropy(batch)[0]
+    loss.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    worst = float((total - wanted).abs() / wanted)
+    experts = expert_parameters(part)
+    gradients = {name: parameter.grad for name, parameter in whole.named_parameters() if parameter.grad is not None}
+    rounding = 1e-2 * max(float(gradient.abs().max()) for gradient in gradients.values())
+    for name, parameter in part.named_parameters():
+        if (found := parameter.grad) is None:
+            assert name not in gradients
+            continue
+        if name in experts:
+            dist.all_reduce(found.to_local(), group=same_experts.get_group())
+            found = found.full_tensor()
+        else:
+            dist.all_reduce(found)
+        size = max(float(gradients[name].abs().max()), rounding)
+        worst = max(worst, float((found - gradients[name]).abs().max()) / size)
+    return worst
+
+
+def pair(family, implementation="grouped_mm", **options):
+    """The same model twice."""
+    models = [build(family, **options) for _ in range(2)]
+    for model in models:
+        model.set_experts_implementation(implementation)
+        assert packing_fault(model) is None
+    return models
+
+
+def meshes(size):
+    data = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("data",))
+    return expert_meshes(data, size)
+
+
+def refusal(function, *arguments):
+    try:
+        function(*arguments)
+    except ConfigError as problem:
+        return problem.message
+    raise AssertionError("nothing was refused")
+
+
+def on_two():
+    with join(torch.device("cpu")) as world:
+        same, expert = meshes(2)
+        found = {}
+        for family, implementation in FAMILIES.items():
+            whole, part = pair(family, implementation)
+            use_expert_parallel(part, expert)
+            batches = flat_batch(rows(2)), flat_batch(rows(2)[world.rank : world.rank + 1])
+            found[family] = deviation(whole, part, *batches, same), shapes(whole, part)
+        found["alone"] = all_to_one(world, same, expert)
+        found["tuned"] = tuned(world, same, expert)
+        found["sequence"] = in_parts(same, expert)
+        found["refused"] = {
+            "none": refusal(use_expert_parallel, build("llama"), expert),
+            "three": refusal(use_expert_parallel, build("mixtral", num_local_experts=3), expert),
+            "tuner": refusal(use_expert_parallel, with_tuned_experts(), expert),
+            "processes": refusal(meshes, 3),
+        }
+        return found
+
+
+def shapes(whole, part):
+    """{name: (shape in one process, shape of what this one holds)} of the experts of the first layer."""
+    wholes = dict(whole.named_parameters())
+    own = {name: parameter for name, parameter in part.named_parameters() if name in expert_parameters(part)}
+    assert {tuple(parameter.shape) for parameter in own.values()} == {tuple(wholes[name].shape) for name in own}
+    return {name: (tuple(wholes[name].shape), tuple(own[name].to_local().shape)) for name in own if ".layers.0." in name}
+
+
+def all_to_one(world, same, expert):
+    """No token goes to the second process's experts: it takes part all the same, and their gradients are zeros."""
+    whole, part = pair("qwen3_moe", num_experts_per_tok=1)
+    for layer in (*whole.model.layers, *part.model.layers):
+        layer.mlp.gate.register_forward_hook(lambda *call: (*call[2][:2], torch.zeros_like(call[2][2])))
+    use_expert_parallel(part, expert)
+    batches = flat_batch(rows(2)), flat_batch(rows(2)[world.rank : world.rank + 1])
+    worst = deviation(whole, part, *batches, same)
+    return worst, float(part.model.layers[0].mlp.experts.down_proj.grad.to_local().abs().sum())
+
+
+def tuned(world, same, expert):
+    """LoRA of attention; experts are frozen, and gradients go through them."""
+    models = []
+    for model in pair("qwen3_moe"):
+        torch.manual_seed(1)
+        models.append(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval())
+    use_expert_parallel(models[1], expert)
+    batches = flat_batch(rows(2)), flat_batch(rows(2)[world.rank : world.rank + 1])
+    return deviation(*models, *batches, same)
+
+
+def in_parts(same, expert):
+    """One sequence shared by the processes that share the experts."""
+    whole, part = pair("qwen3_moe")
+    share = make_share(part.config, dist.group.WORLD, "ring")
+    use_sequence_parallel(part, share)
+    use_expert_parallel(part, expert)
+    batch = flat_batch(rows(3))
+    return deviation(whole, part, batch, split(batch, share), same)
+
+
+def with_tuned_experts():
+    return get_peft_model(build("qwen3_moe"), LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]))
+
+
+def on_four():
+    with join(torch.device("cpu")) as world:
+        same, expert = meshes(2)
+        whole, part = pair("qwen3_moe")
+        use_expert_parallel(part, expert)
+        batches = flat_batch(rows(4)), flat_batch(rows(4)[world.rank : world.rank + 1])
+        return deviation(whole, part, *batches, same), dist.get_process_group_ranks(expert.get_group()), shapes(whole, part)
+
+
+@pytest.fixture(scope="module")
+def two():
+    return run_ranks(2, on_two)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_in_two_processes_have_the_loss_and_gradients_of_one(two, family):
+    for result in two:
+        worst, shapes = result[family]
+        assert worst < TOLERANCE
+        assert shapes
+        assert all(own == (whole[0] // 2, *whole[1:]) for whole, own in shapes.values()), shapes
+
+
+def test_a_process_whose_experts_get_no_token_takes_part(two):
+    (first, some), (second, none) = (result["alone"] for result in two)
+    assert max(first, second) < TOLERANCE
+    assert some > 0
+    assert none == 0
+
+
+def test_a_tuner_of_other_layers_goes_with_experts_in_parts(two):
+    assert all(result["tuned"] < TOLERANCE for result in two)
+
+
+def test_processes_that_share_experts_may_share_a_sequence(two):
+    assert all(result["sequence"] < TOLERANCE for result in two)
+
+
+def test_groups_of_processes_have_the_same_experts():
+    results = run_ranks(4, on_four)
+    assert [ranks for _, ranks, _ in results] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert all(worst < TOLERANCE for worst, _, _ in results)
+    assert {own for _, _, shapes in results for _, own in shapes.values()} == {(2, 32, 16), (2, 32, 32)}
+
+
+def test_what_has_no_experts_to_share_is_refused_in_every_process(two):
+    for result in two:
+        said = result["refused"]
+        assert "LlamaForCausalLM has no layers of experts" in said["none"]
+        assert "--expert_model_parallel_size 2 does not divide the 3 experts of model.layers.0" in said["three"]
+        assert "a tuner of experts" in said["tuner"]
+        assert "--expert_model_parallel_size 3 does not divide the 2 processes" in said["processes"]
