@@ -100,17 +100,6 @@ def _split_launch(words: list[str]) -> tuple[list[str], list[str]]:
     return words[:at], words[at:]
 
 
-def megatron(argv: Sequence[str] | None = None) -> None:
-    """The command ``megatron``, as ms-swift has it: ``swift sft`` or ``pt`` by Megatron-Core, in Megatron's option names."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        translated = import_module("swift.parallel.megatron.arguments").words_for_swift(words)
-    except SwiftError as problem:
-        console.error(problem)
-        sys.exit(problem.exit_code)
-    main(translated)
-
-
 def run(words: list[str], *, show_config: bool = False) -> Any:
     """Run the command that ``words`` name; what it returns is for Python callers and tests."""
     if not words or words[0] in ("-h", "--help", "help"):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from swift.config.options import Config, opt
 from swift.errors import ConfigError
 
-STRATEGIES = ("single", "ddp", "fsdp2", "deepspeed", "megatron")
+STRATEGIES = ("single", "ddp", "fsdp2", "deepspeed")
+REFUSED = {"megatron": "training by Megatron-Core is not built yet; tensor, pipeline and expert parallelism are"}
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
 
 
@@ -16,9 +17,10 @@ class ParallelConfig(Config):
 
     strategy: str | None = opt(
         None,
-        "what each process holds: all (single, ddp), a part of weights, gradients and optimizer (fsdp2), or as deepspeed or megatron "
-        "has it; by default fsdp2 with --fsdp, deepspeed with --deepspeed, else ddp where there are several processes",
+        "what each process holds: all (single, ddp), a part of weights, gradients and optimizer (fsdp2), or as deepspeed has it; "
+        "by default fsdp2 with --fsdp, deepspeed with --deepspeed, else ddp where there are several processes",
         choices=STRATEGIES,
+        refused=REFUSED,
     )
     fsdp: str | None = opt(
         None, "shard weights, gradients and optimizer over the processes: fsdp2; as Hugging Face has it also full_shard and offload"
@@ -62,14 +64,14 @@ class ParallelConfig(Config):
             self.refuse_without_effect(("fsdp_cpu_offload", "fsdp_reshard_after_forward", "async_save"), "without --fsdp fsdp2")
         if self.sequence_parallel_size == 1:
             self.refuse_without_effect(("sequence_parallel_kind",), "without --sequence_parallel_size")
-        if self.pipeline_model_parallel_size == 1 and self.strategy != "megatron":
+        if self.pipeline_model_parallel_size == 1:
             self.refuse_without_effect(("pipeline_schedule",), "without --pipeline_model_parallel_size")
         if self.pipeline_schedule == "interleaved" and self.virtual_pipeline_model_parallel_size == 1:
             raise ConfigError(
                 "--pipeline_schedule interleaved needs several runs of blocks in each process",
                 hint="--virtual_pipeline_model_parallel_size 2, or --pipeline_schedule 1f1b",
             )
-        if self.pipeline_schedule != "interleaved" and self.strategy != "megatron":
+        if self.pipeline_schedule != "interleaved":
             self.refuse_without_effect(("virtual_pipeline_model_parallel_size",), "without --pipeline_schedule interleaved")
 
     def _read_fsdp(self) -> None:

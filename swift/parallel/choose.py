@@ -26,9 +26,10 @@ class Arrangement:
 
     strategy: str
     sizes: Sizes
+    experts: int = 1  # processes that share the experts of each layer
 
     def __str__(self) -> str:
-        return self.strategy if self.sizes == Sizes() else f"{self.strategy}, {self.sizes}"
+        return ", ".join([self.strategy, str(self.sizes), *([f"ep {self.experts}"] if self.experts > 1 else [])])
 
     @property
     def readers(self) -> int:
@@ -42,7 +43,7 @@ class Arrangement:
     @property
     def is_sharded(self) -> bool:
         """Whether no process holds all weights."""
-        return self.strategy in ("fsdp2", "deepspeed", "megatron") or self.sizes.tp > 1 or self.sizes.pp > 1
+        return self.strategy in ("fsdp2", "deepspeed") or self.sizes.tp > 1 or self.sizes.pp > 1 or self.experts > 1
 
 
 def arrange(config: SftConfig, world: World) -> Arrangement:
@@ -58,7 +59,7 @@ def arrange(config: SftConfig, world: World) -> Arrangement:
     if config.strategy is None or (not is_said and not is_fit and config.strategy in ("single", "ddp", "fsdp2")):
         # A run that goes on in another number of processes takes what its strategy is there.
         config.derive("strategy", "single" if world.is_alone else "ddp", "one process" if world.is_alone else f"{world.size} processes")
-    found = Arrangement(str(config.strategy), sizes)
+    found = Arrangement(str(config.strategy), sizes, config.expert_model_parallel_size)
     if found.strategy == "single" and not world.is_alone:
         raise ConfigError(f"--strategy single is for one process, and there are {world.size}", hint="leave --strategy away")
     if found.strategy in ("ddp", "fsdp2") and world.is_alone:
@@ -66,16 +67,38 @@ def arrange(config: SftConfig, world: World) -> Arrangement:
             f"--strategy {found.strategy} needs several processes, and this is one",
             hint="NPROC_PER_NODE=2 swift sft ..., torchrun, or swift launch start them",
         )
+    _refuse_products(found)
     if found.is_sharded:
-        _refuse(config, found.strategy)
+        _refuse(config, found)
     if (check := getattr(STRATEGIES.get(found.strategy), "check", None)) is not None:
         check(config, sizes)
     return found
 
 
-def _refuse(config: SftConfig, name: str) -> None:
+def _refuse_products(found: Arrangement) -> None:
+    """ConfigError for ways to spread a model that do not go together."""
+    sizes, experts = found.sizes, f"--expert_model_parallel_size {found.experts}"
+    apart = (
+        (found.experts > 1 and found.strategy != "ddp", experts, f"--strategy {found.strategy}", "use --strategy ddp"),
+        (found.experts > 1 and sizes.tp > 1, experts, f"--tensor_model_parallel_size {sizes.tp}", "keep one"),
+        (found.experts > 1 and sizes.pp > 1, experts, f"--pipeline_model_parallel_size {sizes.pp}", "keep one"),
+        (
+            sizes.cp > 1 and sizes.pp > 1,
+            f"--sequence_parallel_size {sizes.cp}",
+            f"--pipeline_model_parallel_size {sizes.pp}",
+            "keep one",
+        ),
+    )
+    for is_so, one, other, hint in apart:
+        if is_so:
+            raise ConfigError(f"{one} and {other} cannot be combined yet", hint=hint)
+
+
+def _refuse(config: SftConfig, found: Arrangement) -> None:
     """ConfigError for what needs all weights, or whole matrices, in one process."""
-    said = f"--strategy {name}"
+    name, sizes = found.strategy, found.sizes
+    shared = (("tensor", sizes.tp), ("pipeline", sizes.pp), ("expert", found.experts))
+    said = next((f"--{kind}_model_parallel_size {size}" for kind, size in shared if size > 1), f"--strategy {name}")
     if config.optim in NOT_SHARDED:
         raise ConfigError(
             f"--optim {config.optim} and {said} cannot be combined: it looks at whole matrices, of which each process has a part",
@@ -88,7 +111,7 @@ def _refuse(config: SftConfig, name: str) -> None:
             f"--tuner_type {config.tuner_type} and {said} cannot be combined: it changes whole matrices while training",
             hint="use --tuner_type lora, or --strategy ddp",
         )
-    if config.quant_method is not None and name not in ("fsdp2", "deepspeed"):
+    if config.quant_method is not None and (name not in ("fsdp2", "deepspeed") or sizes.tp * sizes.pp * found.experts > 1):
         raise ConfigError(f"--quant_method {config.quant_method} and {said} cannot be combined", hint="use --strategy ddp or fsdp2")
     if config.eval_dataset:
         raise ConfigError(
@@ -126,6 +149,8 @@ def make_strategy(
             autocast_dtype=dtype,
             cpu_offload=config.fsdp_cpu_offload,
             reshard_after_forward=config.fsdp_reshard_after_forward,
+            sequence_kind=config.sequence_parallel_kind,
+            experts=arrangement.experts,
             split=_split(config, mesh, device, dtype, tokens, is_flat) if mesh.size("pp") > 1 else None,
         )
     return STRATEGIES.get(arrangement.strategy)(config, world, device, dtype)

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from swift.parallel.gradients import local
+
 BUCKET_BYTES = 25 * 2**20
 
 
 class Replicas:
-    """Parameters that every process of ``group`` holds, in buckets. Their gradients are sums, never means.
+    """Parameters that every process of ``group`` holds alike, in buckets. Their gradients are sums, never means.
 
     The buckets go out in one fixed order, the last layers first, each as soon as its gradients are there: while the backward
     pass goes on (``expect``), or when it is over (``finish``). Nothing depends on which parameters a process has used.
@@ -47,12 +49,13 @@ class Replicas:
         is_used = dict(zip(self.parameters, used.tolist(), strict=True))
         for bucket, (flat, work) in zip(self.buckets, self._sent, strict=True):
             work.wait()
-            for parameter, total in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+            for parameter, total in zip(bucket, flat.split([local(each).numel() for each in bucket]), strict=True):
                 if not is_used[parameter]:
                     continue
                 if parameter.grad is None:
                     parameter.grad = torch.empty_like(parameter)
-                parameter.grad.copy_(total.view_as(parameter))
+                mine = local(parameter.grad)
+                mine.copy_(total.view_as(mine))
         self._sent = []
 
     def _device(self) -> torch.device:
@@ -69,7 +72,8 @@ class Replicas:
 
     def _send(self) -> None:
         bucket = self.buckets[len(self._sent)]
-        flat = torch.cat([(torch.zeros_like(each) if each.grad is None else each.grad).reshape(-1) for each in bucket])
+        own = [(torch.zeros_like(local(each)) if each.grad is None else local(each.grad)).reshape(-1) for each in bucket]
+        flat = torch.cat(own)
         self._sent.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
 
 
@@ -78,7 +82,7 @@ def _buckets(parameters: Sequence[nn.Parameter], most_bytes: int) -> list[list[n
     buckets: list[list[nn.Parameter]] = []
     size = 0
     for parameter in reversed(parameters):
-        own = parameter.numel() * parameter.element_size()
+        own = local(parameter).numel() * parameter.element_size()
         if not buckets or size + own > most_bytes or buckets[-1][0].dtype != parameter.dtype:
             buckets.append([])
             size = 0

@@ -9,20 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from swift.errors import ConfigError, TrainingError
 from swift.model.batch import Batch
 from swift.objectives.base import Objective
-from swift.parallel import state
+from swift.parallel import state, tensor
 from swift.parallel.base import Sums, accumulate, evaluate
+from swift.parallel.experts import expert_meshes, expert_parameters, use_expert_parallel
 from swift.parallel.gradients import local, scale, total_norm
 from swift.parallel.mesh import Mesh
 from swift.parallel.pipeline.run import Pipeline
 from swift.parallel.replicate import Replicas
 from swift.parallel.scaling import LossScale
+from swift.parallel.sequence import PartPolicy, Share, make_share, use_sequence_parallel
 from swift.parallel.shard import shard
+from swift.parallel.tensor import split_layers
 from swift.parallel.world import World, add
 from swift.tuner.blocks import blocks_of
 
@@ -41,11 +43,19 @@ class Spread:
         cpu_offload: bool = False,
         reshard_after_forward: bool = True,
         split: Callable[[Any], Pipeline] | None = None,
+        sequence_kind: str | None = None,
+        experts: int = 1,
     ) -> None:
-        """``split`` leaves in a model the stages of a pipeline that this process has."""
+        """``split`` leaves in a model the stages of a pipeline that this process has.
+
+        ``sequence_kind`` says how processes of the axis cp share a sequence; ``experts`` processes of the data axis share
+        the experts of each layer.
+        """
         self.world, self.mesh, self.device, self.autocast_dtype = world, mesh, device, autocast_dtype
         self.cuts_parameters = shards
-        self.shards = shards or split is not None  # no process holds all weights
+        self.shards = shards or split is not None or mesh.size("tp") > 1 or experts > 1  # no process holds all weights
+        self.sequence_kind, self.experts = sequence_kind, experts
+        self.share: Share | None = None
         self.cpu_offload, self.reshard_after_forward = cpu_offload, reshard_after_forward
         self.scale = LossScale() if autocast_dtype == torch.float16 else None
         self.split = split
@@ -54,10 +64,19 @@ class Spread:
         self._writers: Any = None  # processes as they write in the background
 
     def prepare(self, model: Any, make_optimizer: Callable[[Any], Optimizer]) -> tuple[Any, Optimizer]:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if self.mesh.size("tp") > 1:
+            split_layers(model, self.mesh["tp"])
+        if self.mesh.size("cp") > 1:
+            self.share = make_share(inner.config, self.mesh.group("cp"), self.sequence_kind, tp=self.mesh.size("tp"))
+            use_sequence_parallel(inner, self.share)
+        own_data = self.mesh.data
+        if self.experts > 1:
+            own_data, same_layer = expert_meshes(self.mesh.data, self.experts)
+            use_expert_parallel(model, same_layer)
         if self.split is not None:
             self.pipeline = self.split(model)
         if self.cuts_parameters:
-            inner = model.get_base_model() if hasattr(model, "get_base_model") else model
             try:
                 blocks = list(blocks_of(inner)) if self.pipeline is None else self.pipeline.stages.local_blocks
             except ConfigError as problem:
@@ -77,8 +96,12 @@ class Spread:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         counts = self.pipeline.is_counted if self.pipeline is not None else lambda _: True
         self.counted = [parameter for name, parameter in model.named_parameters() if parameter.requires_grad and counts(name)]
-        copies = [parameter for parameter in self.parameters if not isinstance(parameter, DTensor)]
-        self.replicas = Replicas(copies, self.mesh.data.get_group())
+        cut = expert_parameters(model) if self.experts > 1 else set()
+        copies = {name: each for name, each in model.named_parameters() if each.requires_grad and not self.cuts_parameters}
+        self.replicas = [
+            Replicas([each for name, each in copies.items() if name not in cut], self.mesh.data.get_group()),
+            *([Replicas([copies[name] for name in copies if name in cut], own_data.get_group())] if cut else []),
+        ]
         return model, self.optimizer
 
     def _param_dtype(self, model: Any) -> torch.dtype | None:
@@ -100,30 +123,37 @@ class Spread:
             self._entry.reshard()
 
     def add(self, values: Sequence[float]) -> list[float]:
-        return add(values, self.device, self.mesh.data.get_group())
+        return add(values, self.device, self.mesh.group("dp"))
 
     def accumulate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch], count: float) -> Sums:
         if self.pipeline is not None:
             return self.pipeline.accumulate(self, policy, objective, reference, batches, count, backward=self._scaled_backward)
         self._left = len(batches) + (batches[0].root_ids is not None)
+        policy, reference = self._in_parts(policy), self._in_parts(reference)
         return accumulate(self, policy, objective, reference, batches, count, self.device)
 
     def evaluate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch]) -> Sums:
         if self.pipeline is not None:
             return self.pipeline.evaluate(self, policy, objective, reference, batches)
-        return evaluate(self, policy, objective, reference, batches, self.device)
+        return evaluate(self, self._in_parts(policy), objective, self._in_parts(reference), batches, self.device)
+
+    def _in_parts(self, policy: Any) -> Any:
+        """``policy`` as it computes its share of each sequence."""
+        return policy if self.share is None or policy is None else PartPolicy(policy, self.share)
 
     def backward(self, loss: Tensor) -> None:
         self._left -= 1
         if self._left == 0:
-            self.replicas.expect()
+            for replicas in self.replicas:
+                replicas.expect()
         self._scaled_backward(loss)
 
     def _scaled_backward(self, loss: Tensor) -> None:
         (loss if self.scale is None else loss * self.scale.value).backward()
 
     def clip_and_step(self, max_grad_norm: float) -> tuple[float, bool]:
-        self.replicas.finish()
+        for replicas in self.replicas:
+            replicas.finish()
         if self.pipeline is not None:
             self.pipeline.add_shared_gradients()
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -144,24 +174,11 @@ class Spread:
 
     def whole(self, model: Any, *, only: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
         self._let_go()
-        found: dict[str, Tensor] = {}
+        if self.pipeline is None:
+            return tensor.whole(model, only=only)
         is_first = all(self.mesh.rank(axis) == 0 for axis in ("dp", "cp", "tp"))  # the main process, or the first of its stage
-        first: dict[int, str] = {}  # a tied weight is gathered once, and stays one tensor
-        ids = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
-        for name, tensor in model.state_dict().items():
-            if only is not None and not only(name):
-                continue
-            same = first.setdefault(ids.get(name, id(tensor)), name)
-            if same != name:
-                if is_first:
-                    found[name] = found[same]
-                continue
-            gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if is_first:
-                found[name] = gathered.detach().cpu()
-        if self.pipeline is not None and is_first:
-            return self.pipeline.whole(found, only=only)
-        return found
+        found = tensor.whole(model, only=only, is_wanted=is_first)
+        return self.pipeline.whole(found, only=only) if is_first else found
 
     def local_bytes(self) -> dict[str, int]:
         """Bytes of weights and of optimizer state that this process holds."""

@@ -17,7 +17,7 @@ from swift.errors import ConfigError, DependencyError, TrainingError, first_line
 from swift.model.batch import Batch
 from swift.model.device import choose_device
 from swift.objectives.base import Objective
-from swift.parallel.base import Sums, accumulate
+from swift.parallel.base import Sums, accumulate, evaluate
 from swift.parallel.deepspeed import checkpoint, package, schema, settings
 from swift.parallel.deepspeed.entry import Entry
 from swift.parallel.mesh import Sizes
@@ -117,6 +117,9 @@ class DeepSpeed:
         self._left = len(batches)
         return accumulate(self, policy, objective, reference, batches, count, self.device)
 
+    def evaluate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch]) -> Sums:
+        return evaluate(self, policy, objective, reference, batches, self.device)
+
     def backward(self, loss: Tensor) -> None:
         self._left -= 1
         self.engine.set_gradient_accumulation_boundary(self._left == 0)
@@ -167,7 +170,7 @@ class DeepSpeed:
         states = [value for own in self.engine.basic_optimizer.state.values() for value in own.values() if isinstance(value, Tensor)]
         return {"weights": _bytes(weights), "optimizer": _bytes(states)}
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, in_background: bool = False) -> None:
         with _quiet():
             checkpoint.save(path.parent, self.engine, self.model, self.world)
 

@@ -19,7 +19,8 @@ class PartPolicy:
     """
 
     def __init__(self, policy: Any, share: Share) -> None:
-        self.policy, self.share, self.model = policy, share, policy.model
+        self.policy, self.share = policy, share
+        self.model = getattr(policy, "model", None)  # a reference has none that is trained
 
     def cross_entropy(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """As of ``Policy``, of the whole batch."""

@@ -13,12 +13,14 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from swift.errors import CheckpointError
 
 
-def whole(model: Any, *, only: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
-    """The state of ``model`` with whole tensors on the CPU, in the main process; {} elsewhere. All processes come to it.
+def whole(model: Any, *, only: Callable[[str], bool] | None = None, is_wanted: bool | None = None) -> dict[str, Tensor]:
+    """The state of ``model`` with whole tensors on the CPU, in the main process, or where it ``is_wanted``; {} elsewhere.
+
+    All processes come to it.
 
     One tensor is gathered at a time. Names that share a weight share a tensor here too, so that it is saved once.
     """
-    is_main = dist.get_rank() == 0
+    is_main = dist.get_rank() == 0 if is_wanted is None else is_wanted
     dims = _packed_names(model)
     state: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}

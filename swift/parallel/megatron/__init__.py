@@ -1,1 +1,0 @@
-"""Training by Megatron-Core: weights both ways, its model, its schedules behind our contract."""
