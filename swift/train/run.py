@@ -133,7 +133,9 @@ class Session:
         if not config.torch_compile:
             use_lean_norms(loaded.model)
         if reference is not None and config.precompute_ref_log_probs:  # type: ignore[attr-defined]
-            self._precompute(loaded.model if second is None else second)
+            how: dict[str, Any] = {"cutting": steps.cutting, "strategy": self.strategy, "collate": self._collate, "world": world}
+            rows = [some for some in (data.train, data.validation) if some is not None]
+            references.precompute(second or loaded.model, rows, device=loaded.device, is_flat=self.is_flat, **how)
         torch.manual_seed(config.seed)
         model = self.tuner.apply(loaded.model, config, total_steps=steps.total)
         if config.adapters:
@@ -157,7 +159,7 @@ class Session:
         if resume_from is not None:
             self._resume(resume_from)
         console.say(
-            f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}) in {_name(loaded.dtype)} "
+            f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}) in {str(loaded.dtype).removeprefix('torch.')} "
             f"({loaded.dtype_reason}) on {self.device}; run directory {run.path}"
         )
 
@@ -327,12 +329,6 @@ class Session:
         pad, side = pad_token_id(self.tokenizer), self.config.padding_side
         return [padded_batch(examples, pad_token_id=pad, padding_side=side) for examples in passes]
 
-    def _precompute(self, model: Any) -> None:
-        """Let ``model``, the reference, say once what it thinks of all pairs."""
-        rows = [self.data.train, *([self.data.validation] if self.data.validation else [])]
-        how: dict[str, Any] = {"cutting": self.steps.cutting, "strategy": self.strategy, "collate": self._collate}
-        references.precompute(model, rows, device=self.loaded.device, is_flat=self.is_flat, world=self.world, **how)
-
     def _evaluation_passes(self, validation: Any) -> Iterator[list[Any]]:
         """The validation rows of this reader, in forward passes; all readers have equally many."""
         cutting = replace(self.steps.cutting, rows_per_batch=self.config.per_device_eval_batch_size, packing_length=None)
@@ -400,7 +396,3 @@ class Session:
             f"step {at}: {problem.message}; its rows are in {path}",
             hint="lower --learning_rate, look at the rows, or train in bf16 or float32",
         )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

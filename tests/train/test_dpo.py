@@ -72,8 +72,10 @@ def assert_same_bits(a, b):
 
 
 def assert_same_course(a, b):
-    """Losses, rewards and gradients of all steps, but for the order of sums."""
+    """Losses, rewards and gradients of all steps, but for the order of sums, which alone decides who wins at the first step."""
     for one, other in zip(metrics(a), metrics(b), strict=True):
+        if one["step"] == 1:
+            del one["rewards/accuracies"], other["rewards/accuracies"]
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
@@ -139,10 +141,10 @@ def test_what_the_reference_says_is_computed_once(train, pairs, monkeypatch, cac
         train(precompute_ref_log_probs=True, max_steps=1, dataset=f"{pairs}#7")
     monkeypatch.undo()
     damaged = max(files, key=lambda path: path.stat().st_mtime)
-    kept = damaged.read_bytes()
-    damaged.write_bytes(kept[:-8])
+    kept = np.load(damaged)
+    damaged.write_bytes(damaged.read_bytes()[:-8])
     train(precompute_ref_log_probs=True, max_steps=1)
-    assert damaged.read_bytes() == kept
+    np.testing.assert_allclose(np.load(damaged), kept, rtol=1e-5)
 
 
 def test_an_adapter_goes_on_from_itself(train, tiny_model, rows, tmp_path):
