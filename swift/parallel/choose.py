@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from swift.config.commands import SftConfig
+from swift.config.commands import RlhfConfig, SftConfig
 from swift.config.optim import BITSANDBYTES
 from swift.errors import ConfigError
 from swift.parallel import STRATEGIES
@@ -68,6 +68,11 @@ def arrange(config: SftConfig, world: World) -> Arrangement:
             hint="NPROC_PER_NODE=2 swift sft ..., torchrun, or swift launch start them",
         )
     _refuse_products(found)
+    if sizes.pp > 1 and isinstance(config, RlhfConfig):
+        raise ConfigError(
+            f"--rlhf_type {config.rlhf_type} and --pipeline_model_parallel_size {sizes.pp} cannot be combined: stages have no reference",
+            hint="use --tensor_model_parallel_size or --fsdp fsdp2",
+        )
     if found.is_sharded:
         _refuse(config, found)
     if (check := getattr(STRATEGIES.get(found.strategy), "check", None)) is not None:
@@ -106,9 +111,10 @@ def _refuse(config: SftConfig, found: Arrangement) -> None:
         )
     if config.lisa_activated_layers:
         raise ConfigError(f"--lisa_activated_layers and {said} cannot be combined: layers are sharded once", hint="use --strategy ddp")
-    if config.tuner_type in ("adalora", "llamapro"):
+    is_known = config.tuner_type in ("full", "lora") or (said == "--strategy fsdp2" and config.tuner_type in ("ia3", "boft", "fourierft"))
+    if not is_known:
         raise ConfigError(
-            f"--tuner_type {config.tuner_type} and {said} cannot be combined: it changes whole matrices while training",
+            f"--tuner_type {config.tuner_type} and {said} cannot be combined",
             hint="use --tuner_type lora, or --strategy ddp",
         )
     if config.quant_method is not None and (name not in ("fsdp2", "deepspeed") or sizes.tp * sizes.pp * found.experts > 1):

@@ -129,17 +129,19 @@ class Spread:
         if self.pipeline is not None:
             return self.pipeline.accumulate(self, policy, objective, reference, batches, count, backward=self._scaled_backward)
         self._left = len(batches) + (batches[0].root_ids is not None)
-        policy, reference = self._in_parts(policy), self._in_parts(reference)
+        reference = self._in_parts(reference, policy)
+        policy = self._in_parts(policy)
         return accumulate(self, policy, objective, reference, batches, count, self.device)
 
     def evaluate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch]) -> Sums:
         if self.pipeline is not None:
             return self.pipeline.evaluate(self, policy, objective, reference, batches)
-        return evaluate(self, self._in_parts(policy), objective, self._in_parts(reference), batches, self.device)
+        return evaluate(self, self._in_parts(policy), objective, self._in_parts(reference, policy), batches, self.device)
 
-    def _in_parts(self, policy: Any) -> Any:
-        """``policy`` as it computes its share of each sequence."""
-        return policy if self.share is None or policy is None else PartPolicy(policy, self.share)
+    def _in_parts(self, policy: Any, of: Any = None) -> Any:
+        """``policy``, which is the model ``of`` or another, as it computes its share of each sequence; a second model computes all."""
+        is_another = of is not None and getattr(getattr(policy, "policy", None), "inner", None) is not of.inner
+        return policy if self.share is None or policy is None or is_another else PartPolicy(policy, self.share)
 
     def backward(self, loss: Tensor) -> None:
         self._left -= 1

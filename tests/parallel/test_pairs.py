@@ -50,8 +50,11 @@ def test_two_processes_compare_as_one(tiny_model, tmp_path):
     ]
     cases = [(lora, one[0]), ({**lora, "fsdp": "fsdp2"}, one[0]), ({**full, "precompute_ref_log_probs": True}, one[1])]
     cases.append(({**full, "fsdp": "fsdp2"}, one[1]))
+    shared = {"gradient_accumulation_steps": 6}  # both processes see the same pairs
+    cases.append(({**lora, **shared, "tensor_model_parallel_size": 2}, one[0]))
+    cases += [({**full, **shared, name: 2}, one[1]) for name in ("tensor_model_parallel_size", "sequence_parallel_size")]
     for number, (options, wanted) in enumerate(cases):
-        given = {**options, "gradient_accumulation_steps": 3}
+        given = {"gradient_accumulation_steps": 3, **options}
         for found in run_ranks(2, train, tiny_model, rows, tmp_path / str(number), given):
             assert len(found) == len(wanted) == 4
             for line, expected in zip(found, wanted, strict=True):

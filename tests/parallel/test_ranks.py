@@ -9,13 +9,20 @@ import matplotlib
 import matplotlib.pyplot
 import peft
 import pytest
+import torch
 import transformers.models.llama.modeling_llama
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import swift.parallel.spread
 import swift.train.run
+from swift.config.commands import SftConfig
+from swift.config.options import build
+from swift.errors import ConfigError
+from swift.parallel.choose import arrange
+from swift.parallel.world import World
 from tests.ranks import run_ranks
+from tests.tiny import make_model, make_tokenizer
 
 # What each forked process would import by itself.
 PREPARED = (matplotlib.pyplot, peft, transformers.models.llama.modeling_llama, swift.parallel.spread, swift.train.run)
@@ -83,6 +90,7 @@ FULL = {
     "ring x fsdp2": (4, {"sequence_parallel_size": 2, "sequence_parallel_kind": "ring", "fsdp": "fsdp2"}, 1 / 4, 1 / 4),
     "pp x dp": (4, {"pipeline_model_parallel_size": 2}, None, None),
 }
+FULL["tp x pp"] = (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, None, None)
 LORA = ("ddp", "offload", "tp", "tp x fsdp2", "ring x fsdp2", "pp x dp")
 
 
@@ -119,6 +127,69 @@ def test_all_weights_trained_by_several_processes_are_those_of_one(tiny_model, r
 @pytest.mark.parametrize("name", LORA)
 def test_an_adapter_trained_by_several_processes_is_that_of_one(tiny_model, rows, tmp_path, name):
     check_matrix(tiny_model, rows, tmp_path, [name], lora_dropout=0.0)
+
+
+def test_experts_in_several_processes_are_those_of_one(rows, tmp_path):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokenizer, fields = make_tokenizer(tmp_path / "model"), {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 24}
+    fields |= {"num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    fields |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "head_dim": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=len(tokenizer), **fields))
+    model.to(torch.float32).save_pretrained(tmp_path / "model")
+    experts = sum(4 * parameter.numel() for name, parameter in model.named_parameters() if "experts" in name)
+    options = {"tuner_type": "full"}
+    one = train(tmp_path / "model", rows, tmp_path / "one", gradient_accumulation_steps=4, **options)
+    several = {**options, "expert_model_parallel_size": 2, "gradient_accumulation_steps": 1}
+    for result in run_ranks(4, _train, (tmp_path / "model", rows, tmp_path / "four", several)):
+        assert result["held"]["weights"] == _bytes(tmp_path / "model") - experts / 2
+        for found, wanted in zip(result["lines"], one["lines"], strict=True):
+            for key in {"loss", "grad_norm", "eval_loss"} & wanted.keys():
+                assert found[key] == pytest.approx(wanted[key], rel=1e-4), key
+    assert differs(weights(tmp_path / "four", 4), weights(tmp_path / "one", 4)) < 5e-4
+
+
+def test_weights_of_four_bits_are_sharded_too(rows, tmp_path):
+    model = make_model(tmp_path / "model", hidden_size=64, intermediate_size=128)
+    options = {"quant_bits": 4, "lora_dropout": 0.0}
+    one = train(model, rows, tmp_path / "one", gradient_accumulation_steps=4, **options)
+    held = []
+    for name, more in (("copies", {}), ("parts", {"fsdp": "fsdp2", "gradient_checkpointing": True})):
+        several = {**options, **more, "gradient_accumulation_steps": 2}
+        for result in run_ranks(2, _train, (model, rows, tmp_path / name, several)):
+            assert [line["loss"] for line in result["lines"] if "loss" in line] == pytest.approx(
+                [line["loss"] for line in one["lines"] if "loss" in line], rel=1e-5
+            )
+            held.append(result["held"]["weights"])
+        assert differs(weights(tmp_path / name, 4), weights(tmp_path / "one", 4)) < 1e-4
+    assert held[2:] == [held[0] / 2, held[0] / 2] and held[0] < 0.6 * _bytes(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"optim": "muon", "fsdp": "fsdp2"}, "--optim muon and --strategy fsdp2 cannot be combined"),
+        ({"tuner_type": "vera", "fsdp": "fsdp2"}, "--tuner_type vera and --strategy fsdp2 cannot be combined"),
+        ({"tensor_model_parallel_size": 3}, "--tensor_model_parallel_size 3 needs a multiple of 3 processes, and there are 2"),
+        ({"strategy": "single"}, "--strategy single is for one process, and there are 2"),
+        ({"eval_dataset": ["mmlu"], "fsdp": "fsdp2"}, "--eval_dataset and --strategy fsdp2 cannot be combined"),
+        ({"sequence_parallel_size": 2, "expert_model_parallel_size": 2, "fsdp": "fsdp2"}, "--expert_model_parallel_size 2 and --strategy"),
+        ({"tensor_model_parallel_size": 2, "quant_bits": 4}, "--quant_method bnb and --tensor_model_parallel_size 2 cannot be combined"),
+    ],
+)
+def test_what_does_not_go_together_is_said_in_one_line(options, said):
+    config = build(SftConfig, ("python", {"model": "a", "dataset": ["b"], **options}))
+    with pytest.raises(ConfigError) as caught:
+        arrange(config, World(rank=0, size=2, local_rank=0, local_size=2))
+    assert said in caught.value.message and "\n" not in caught.value.message and caught.value.hint
+
+
+def test_one_process_is_no_several(tmp_path):
+    config = build(SftConfig, ("python", {"model": "a", "dataset": ["b"], "fsdp": "fsdp2"}))
+    with pytest.raises(ConfigError, match="needs several processes, and this is one"):
+        arrange(config, World())
 
 
 def _train(arguments):
