@@ -40,6 +40,10 @@ class Arrangement:
         """Which reader the process ``rank`` belongs to: neighbours share a sequence and a layer."""
         return rank // (self.sizes.cp * self.sizes.tp) % self.sizes.dp
 
+    def stream(self, rank: int) -> int:
+        """The random numbers that the process ``rank`` draws: processes that share a layer drop the same activations."""
+        return rank // self.sizes.tp % (self.sizes.dp * self.sizes.cp)
+
     @property
     def is_sharded(self) -> bool:
         """Whether no process holds all weights."""

@@ -89,9 +89,12 @@ def evaluate(
     return result
 
 
-def seed_step(seed: int, step: int, rank: int = 0) -> None:
-    """Random numbers (dropout, noise) as a function of seed, step and process: a resumed step draws what it would have drawn."""
-    torch.manual_seed((seed + 7_368_787 * rank) * 1_000_003 + step)
+def seed_step(seed: int, step: int, stream: int = 0) -> None:
+    """Random numbers (dropout, noise) as a function of seed, step and ``stream``, of which processes that see other tokens have another.
+
+    A resumed step draws what it would have drawn.
+    """
+    torch.manual_seed((seed + 7_368_787 * stream) * 1_000_003 + step)
 
 
 def ahead(steps: Iterator[T], depth: int) -> Iterator[T]:

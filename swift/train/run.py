@@ -129,7 +129,7 @@ class Session:
         self.is_flat = all([choose_flat(config, model) for model in (loaded.model, second) if model is not None])
         dtype, (tokens, _) = autocast_dtype(config, loaded.dtype), largest_pass(config, steps, is_flat=self.is_flat)
         self.strategy = make_strategy(config, arrangement, world, self.device, dtype, tokens=tokens, is_flat=self.is_flat)
-        self.reader, self.is_split = arrangement.reader(world.rank), self.strategy.shards
+        self.reader, self.stream, self.is_split = arrangement.reader(world.rank), arrangement.stream(world.rank), self.strategy.shards
         if not config.torch_compile:
             use_lean_norms(loaded.model)
         if reference is not None and config.precompute_ref_log_probs:  # type: ignore[attr-defined]
@@ -205,7 +205,7 @@ class Session:
         """One optimizer step and what is due after it: log, evaluation, checkpoint."""
         config, state, begin = self.config, self.state, time.monotonic()
         progress.mark(step=state.global_step + 1, phase="forward and backward")
-        seed_step(config.seed, state.global_step, self.world.rank)
+        seed_step(config.seed, state.global_step, self.stream)
         try:
             result = train_step(
                 self.policy,

@@ -19,7 +19,8 @@ import swift.train.run
 from swift.config.commands import SftConfig
 from swift.config.options import build
 from swift.errors import ConfigError
-from swift.parallel.choose import arrange
+from swift.parallel.choose import Arrangement, arrange
+from swift.parallel.mesh import Sizes
 from swift.parallel.world import World
 from tests.ranks import run_ranks
 from tests.tiny import make_model, make_tokenizer
@@ -184,6 +185,12 @@ def test_what_does_not_go_together_is_said_in_one_line(options, said):
     with pytest.raises(ConfigError) as caught:
         arrange(config, World(rank=0, size=2, local_rank=0, local_size=2))
     assert said in caught.value.message and "\n" not in caught.value.message and caught.value.hint
+
+
+def test_processes_of_a_layer_read_the_same_rows_and_drop_the_same_activations():
+    found = Arrangement("ddp", Sizes(pp=2, dp=2, cp=2, tp=2))
+    assert [found.reader(rank) for rank in range(16)] == [0, 0, 0, 0, 1, 1, 1, 1] * 2
+    assert [found.stream(rank) for rank in range(16)] == [0, 0, 1, 1, 2, 2, 3, 3] * 2
 
 
 def test_one_process_is_no_several(tmp_path):
