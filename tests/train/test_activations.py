@@ -9,6 +9,9 @@ from swift import hub
 from swift.config.commands import SftConfig
 from swift.config.options import build
 from swift.model.policy import Policy, probe_ids
+from swift.parallel.choose import Arrangement
+from swift.parallel.mesh import Sizes
+from swift.parallel.world import World
 from swift.train.activations import Kept, Need, checkpoint_activations, choose_checkpointing, fewest_blocks, measure
 from swift.train.build import load_for_training
 from swift.train.memory import free_bytes
@@ -148,7 +151,8 @@ def choose(tiny_model, rows, tmp_path):
     fill_open_options(config, snapshot, data)
     steps = plan_steps(config, data.rows)
     with RunDirectory(tmp_path / "run") as run:
-        one = Session(config, run, data, steps, load_for_training(config, snapshot.path))
+        loaded = load_for_training(config, snapshot.path)
+        one = Session(config, run, data, steps, loaded, world=World(), arrangement=Arrangement("single", Sizes()))
         yield lambda free: choose_checkpointing(config, one.policy, steps, one.optimizer, one.strategy, is_flat=one.is_flat, free=free)
 
 
