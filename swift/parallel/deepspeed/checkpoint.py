@@ -135,4 +135,5 @@ def _convert(source: Path, target: Path) -> None:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             package.part("deepspeed.checkpoint.ds_to_universal").main(arguments)
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError, NotImplementedError) as problem:
-        raise CheckpointError(f"{source} cannot be read on another number of processes: {first_line(problem)}") from None
+        # DeepSpeed's converter has no error of its own: it asserts what it does not support, and reads files as they are.
+        raise CheckpointError(f"{source} cannot be read on another number of processes: {first_line(problem)}") from problem
