@@ -95,11 +95,11 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, scale, weight = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        dx = dweight = None
-        if needs_weight:
-            dweight = torch.einsum("td,td->d", (x * scale).reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1]))
+        width = x.shape[-1]
+        product, dx, dweight = grad * x, None, None
+        if needs_weight:  # einsum would take a product of vectors for each column
+            dweight = torch.mv(product.reshape(-1, width).T, scale.reshape(-1))
         if needs_x:
-            weighted = grad * weight
-            along = torch.linalg.vecdot(weighted, x).unsqueeze(-1).mul_(scale.pow(3).div_(-x.shape[-1]))
-            dx = torch.addcmul(weighted.mul_(scale), x, along)
+            along = torch.mv(product.reshape(-1, width), weight).view(scale.shape).mul_(scale.pow(3).div_(-width))
+            dx = torch.addcmul(torch.mul(grad, weight, out=product).mul_(scale), x, along)
         return dx, dweight, None
