@@ -1,4 +1,4 @@
-"""Several processes: seconds a step and memory of each process, beside a bare loop over torch's FSDP2 and DeepSpeed's own engine.
+"""Several processes: seconds a step and memory of each process, beside bare loops over torch and DeepSpeed, and ms-swift.
 
     python bench/parallel.py                                   # 1, 2 and 4 processes, every tool
     python bench/parallel.py --processes 2 --tool swift-fsdp2 bare-fsdp2 --rounds 5
@@ -11,9 +11,12 @@ thread each); a step's time is the median of its steps after the first two, of t
 weights, gradients and optimizer state in a process, counted from the tensors; `rss` is the peak over what the process had
 when its model was loaded. Absolute numbers of a machine with fewer cores than processes mean nothing; ratios of one line of
 the table to another with as many processes do.
+
+ms-swift runs from its environment, which `bench/peers.sh ms-swift` makes. It has no FSDP on CPUs: its `--fsdp` trains copies.
 """
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -26,11 +29,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from peer import PEERS
 
-TOOLS = ("swift-ddp", "swift-fsdp2", "swift-tp", "bare-ddp", "bare-fsdp2")
-ZERO = tuple(f"{owner}-zero{stage}" for stage in range(4) for owner in ("swift", "deepspeed"))
-ALONE = ("swift-single", "bare-single")
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ("swift-ddp", "swift-fsdp2", "swift-tp", "bare-ddp", "bare-fsdp2", "ms_swift-ddp")
+ZERO = tuple(f"{owner}-zero{stage}" for stage in range(4) for owner in ("swift", "deepspeed", "ms_swift"))
+ALONE = ("swift-single", "bare-single", "ms_swift-single")
 SETTINGS = {"rows": 2, "steps": 8}
 
 
@@ -183,15 +187,62 @@ def run_deepspeed(tool: str, folder: Path, length: int) -> None:
     finish(times, 0, before)
 
 
-RUNS: dict[str, Callable[[str, Path, int], None]] = {"swift": run_swift, "bare": run_bare, "deepspeed": run_deepspeed}
+def run_ms_swift(tool: str, folder: Path, length: int) -> None:
+    import deepspeed.ops
+    from swift.pipelines import pretrain_main
+    from transformers import Trainer, TrainerCallback
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled, for minutes
+    times: list[float] = []
+    before, begin = 0, 0.0
+
+    class Timer(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            nonlocal begin
+            begin = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times.append(time.perf_counter() - begin)
+
+    begins = Trainer.__init__
+
+    @functools.wraps(begins)  # its parameters are looked at
+    def begun(self: Any, *arguments: Any, **options: Any) -> None:
+        nonlocal before
+        before = resident()
+        begins(self, *arguments, **options)
+        self.add_callback(Timer())
+
+    Trainer.__init__ = begun
+    words = {"model": folder, "dataset": folder / "messages.jsonl", "output_dir": folder / "out-ms-swift", "model_type": "llama"}
+    words |= {"template": "dummy", "torch_dtype": "float32", "tuner_type": "full", "max_length": length, "truncation_strategy": "right"}
+    words |= {"max_steps": SETTINGS["steps"], "per_device_train_batch_size": SETTINGS["rows"], "gradient_accumulation_steps": 1}
+    words |= {"learning_rate": 1e-4, "logging_steps": 1, "save_strategy": "no", "eval_strategy": "no", "report_to": "none"}
+    words |= {"gradient_checkpointing": "false", "attn_impl": "sdpa", "use_cpu": "true", "bf16": "false", "fp16": "false"}
+    words |= {"split_dataset_ratio": 0, "dataset_num_proc": 1, "dataloader_num_workers": 0, "optim": "adamw_torch_fused"}
+    kind = tool.removeprefix("ms_swift-")
+    words |= {"deepspeed": kind} if kind.startswith("zero") else {}
+    pretrain_main([text for name, value in words.items() for text in (f"--{name}", str(value))])
+    finish(times, 0, before)
+
+
+RUNS: dict[str, Callable[[str, Path, int], None]] = {
+    "swift": run_swift,
+    "bare": run_bare,
+    "deepspeed": run_deepspeed,
+    "ms_swift": run_ms_swift,
+}
 
 
 def measure(tool: str, processes: int, folder: Path, length: int) -> dict[str, Any]:
     """Seconds a step, the largest number of bytes held and the largest peak of one run; or why it failed."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__]
+    is_peer = tool.startswith("ms_swift")
+    python = str(PEERS / "ms-swift" / "bin" / "python") if is_peer else sys.executable
+    words = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__]
     words += ["--worker", tool, "--folder", str(folder), "--length", str(length)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    env |= {"USE_HF": "1", "HF_HUB_OFFLINE": "1"} if is_peer else {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, cwd=folder)
     found = [json.loads(line.split("measured ", 1)[1]) for line in done.stdout.splitlines() if "measured {" in line]
     if len(found) != processes:
         return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
@@ -214,13 +265,15 @@ def main() -> None:
     if options.worker:
         RUNS[options.worker.split("-")[0]](options.worker, options.folder, options.length)
         return
+    sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory(prefix="parallel-") as name:
         folder = Path(name)
         make_model(folder, options.layers, options.width)
-        with (folder / "rows.jsonl").open("w") as file:
+        with (folder / "rows.jsonl").open("w") as file, (folder / "messages.jsonl").open("w") as messages:
             for row in range(SETTINGS["rows"] * SETTINGS["steps"] * max(options.processes)):
                 words = " ".join(f"snow {row * 7 + at}" for at in range(options.length))
                 file.write(json.dumps({"text": words}) + "\n")
+                messages.write(json.dumps({"messages": [{"role": "assistant", "content": words}]}) + "\n")
         if not options.json:
             print("| processes | tool | s a step (spread) | MB held | MB peak over the loaded model |\n|---|---|---|---|---|")
         for processes in options.processes:
