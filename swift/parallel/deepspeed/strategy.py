@@ -89,10 +89,29 @@ class DeepSpeed:
             if not is_own or "argument" not in str(problem):
                 raise
             raise ConfigError(f"{name}: optimizer.params does not fit: {first_line(problem)}") from None
+        self._forget_trial_step()
         self._register_head(entry)
         self.averages = settings.value_at(filled, "gradient_allreduce_op") != "sum"
         own: Optimizer = self.engine.basic_optimizer
         return model, own
+
+    def _forget_trial_step(self) -> None:
+        """Stage 0 in 16 bits: DeepSpeed 0.19.8 makes the optimizer's state by a step of zero gradients.
+
+        That step counts in the bias correction of Adam (the first update would be a quarter too small), and decays weights.
+        """
+        optimizer, own = self.engine.optimizer, self.engine.basic_optimizer
+        if self.stage or not hasattr(optimizer, "fp16_groups"):
+            return
+        own.state.clear()
+        for group in own.param_groups:
+            group.pop("step", None)  # where FusedAdam counts
+        if hasattr(optimizer, "fp32_groups_flat"):
+            pairs = zip(optimizer.fp32_groups_flat, optimizer.fp16_groups_flat, strict=True)
+        else:
+            pairs = zip(sum(optimizer.fp32_groups, []), sum(optimizer.fp16_groups, []), strict=True)
+        for kept, used in pairs:
+            kept.data.copy_(used.data)
 
     def _register_head(self, entry: Entry) -> None:
         """Tell ZeRO-3 of weights that are used outside of their modules: our losses multiply by the head's themselves."""
