@@ -135,12 +135,20 @@ def ahead(steps: Iterator[T], depth: int) -> Iterator[T]:
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM asks for a stop after the step that is going on; a second one stops at once."""
+    """Ctrl-C or SIGTERM asks for a stop after the step that is going on; a second of the same kind stops at once.
+
+    Of the other kind it is no second wish: a terminal sends SIGINT to all processes, and a launcher among them (DeepSpeed's),
+    a batch system or systemd passes its own SIGTERM on to the others at that moment.
+    """
 
     def __init__(self, on_first: Callable[[], None]) -> None:
-        self.is_set = False
+        self._seen: set[int] = set()
         self._on_first = on_first
         self._old: dict[int, Any] = {}
+
+    @property
+    def is_set(self) -> bool:
+        return bool(self._seen)
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -153,10 +161,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.is_set:
+        if number in self._seen:
             raise KeyboardInterrupt
-        self.is_set = True
-        self._on_first()
+        is_first = not self.is_set
+        self._seen.add(number)
+        if is_first:
+            self._on_first()
 
 
 def add_to_window(state: TrainState, result: StepResult) -> None:

@@ -78,6 +78,21 @@ def test_the_last_collective_of_a_flight_record_is_named(tmp_path):
     assert watch.flight_record(tmp_path) == "last collective: nccl:all_gather, number 57, started, [[4, 8]]"
 
 
+def test_a_launcher_that_passes_a_signal_on_does_not_ask_twice():
+    from swift.train.loop import StopRequest
+
+    said = []
+    with StopRequest(lambda: said.append("stopping")) as stop:
+        assert not stop.is_set
+        signal.raise_signal(signal.SIGINT)  # of the terminal
+        signal.raise_signal(signal.SIGTERM)  # of the launcher, which had it too
+        assert stop.is_set
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+    assert said == ["stopping"]
+
+
 def one_does_not_come(folder):
     """Rank 1 never calls the collective in which rank 0 waits."""
     import torch

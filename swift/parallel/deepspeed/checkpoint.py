@@ -1,6 +1,7 @@
 """Checkpoints as DeepSpeed has them: checkpoint-N/global_stepM, the file "latest", zero_to_fp32.py.
 
-They are read on as many processes as wrote them, and on another number through DeepSpeed's universal checkpoint.
+They are read on as many processes as wrote them, and on another number through DeepSpeed's universal checkpoint. So are
+stage 1 and 2 of ZeRO, which have the same files.
 """
 
 import argparse
@@ -43,17 +44,20 @@ def save(folder: Path, engine: Any, model: Any, world: World) -> None:
 
 
 def load(folder: Path, engine: Any, model: Any, world: World) -> None:
-    """Put what ``save`` wrote, on whatever number of processes, into ``engine``. CheckpointError if it does not fit."""
+    """Put what ``save`` wrote, on whatever number of processes, into ``engine``. CheckpointError if it does not fit.
+
+    Stages 1 and 2 read each other's; stage 0 writes no parts, and stage 3 those of weights as well.
+    """
     tag = (folder / LATEST).read_text(encoding="utf-8").strip()
     about = _read_about(folder)
     stage = int(engine.zero_optimization_stage())
-    if about["zero_stage"] != stage:
+    if about["zero_stage"] != stage and {about["zero_stage"], stage} != {1, 2}:
         raise CheckpointError(
-            f"{folder}: it was written by ZeRO stage {about['zero_stage']}, and this is stage {stage}",
-            hint="keep the stage, or say --resume_only_model true",
+            f"{folder}: it was written by ZeRO stage {about['zero_stage']}, and this is stage {stage}: their parts differ",
+            hint=f"say --deepspeed zero{about['zero_stage']}; --resume_only_model true takes its weights alone, and starts at step 0",
         )
     with contextlib.ExitStack() as stack:
-        if stage and about["processes"] != world.size:
+        if stage and (about["processes"], about["zero_stage"]) != (world.size, stage):
             tag = stack.enter_context(_universal(folder, tag, engine, world))
         stack.enter_context(_seen_as(engine, model))
         try:

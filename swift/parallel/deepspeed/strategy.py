@@ -1,6 +1,7 @@
 """The strategy that leaves gradients, optimizer and sharding to DeepSpeed."""
 
 import contextlib
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -109,7 +110,8 @@ class DeepSpeed:
         if hasattr(optimizer, "fp32_groups_flat"):
             pairs = zip(optimizer.fp32_groups_flat, optimizer.fp16_groups_flat, strict=True)
         else:
-            pairs = zip(sum(optimizer.fp32_groups, []), sum(optimizer.fp16_groups, []), strict=True)
+            flat = itertools.chain.from_iterable
+            pairs = zip(flat(optimizer.fp32_groups), flat(optimizer.fp16_groups), strict=True)
         for kept, used in pairs:
             kept.data.copy_(used.data)
 
