@@ -124,6 +124,8 @@ class LaunchConfig(Config):
             raise ConfigError(
                 f"--nnodes {self.nnodes} needs the address of the first machine", hint="say --master_addr, or --rdzv_endpoint HOST:PORT"
             )
+        elif self.nnodes > 1 and not self.said("node_rank"):
+            raise ConfigError(f"--nnodes {self.nnodes} needs --node_rank, the number of this machine", hint="the first is 0")
 
     def _check_slurm(self) -> None:
         if self.time is not None and not re.fullmatch(r"(\d+-)?\d+(:\d{1,2}){0,2}", self.time):
@@ -148,11 +150,11 @@ class LaunchConfig(Config):
 def words_of_environment(command: list[str], more: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> list[str] | None:
     """The words of ``swift launch`` that NPROC_PER_NODE and the variables beside it ask for, as ms-swift reads them.
 
-    None if they ask for one process, or if a launcher has started this one already: it has a RANK then. ``more`` are
-    flags that stand before the command.
+    None if they ask for one process, or if a launcher has started this one already: it has a LOCAL_RANK then. RANK alone
+    says nothing: operators of Kubernetes number machines by it. ``more`` are flags that stand before the command.
     """
     env = os.environ if environment is None else environment
-    if not command or command[0] not in TRAINING or env.get("RANK") or {"--help", "-h"} & set(command) or "--show_config" in more:
+    if not command or command[0] not in TRAINING or env.get("LOCAL_RANK") or {"--help", "-h"} & set(command) or "--show_config" in more:
         return None
     said = {option: env[name] for name, option in VARIABLES.items() if env.get(name)}
     if said.get("nnodes", "1") == "1":  # a cluster sets the others for one machine too

@@ -100,15 +100,18 @@ def _leave(problem: BaseException) -> None:
     if not place:
         return
     now = time.time()
-    lines = "".join(traceback.format_exception(problem))
+    is_ours = isinstance(problem, SwiftError)
+    hint = getattr(problem, "hint", None)
+    # What torchrun prints below "traceback": where one of our errors was raised helps nobody.
+    lines = f"{problem}" + (f"\nhint: {hint}" if hint else "") if is_ours else "".join(traceback.format_exception(problem))
     record: dict[str, Any] = {
         # torch reads whole seconds (torch.distributed.elastic.multiprocessing.errors, 2.13)
         "message": {"message": f"{type(problem).__name__}: {problem}", "extraInfo": {"py_callstack": lines, "timestamp": str(int(now))}},
         "rank": os.environ.get("RANK", "0"),
         "time": now,
-        "is_ours": isinstance(problem, SwiftError),
+        "is_ours": is_ours,
         "text": problem.message if isinstance(problem, SwiftError) else str(problem),
-        "hint": getattr(problem, "hint", None),
+        "hint": hint,
         "is_of_others": _is_of_others(problem),
     }
     try:

@@ -56,6 +56,7 @@ def launch_here(config: LaunchConfig, *, log_dir: Path, program: Sequence[str] =
 
     ``program`` is what Python runs with the words of the command; it has to begin with swift.launch.rank.enter.
     """
+    from torch.distributed import DistError
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
     from torch.distributed.elastic.rendezvous.api import RendezvousError
@@ -66,7 +67,7 @@ def launch_here(config: LaunchConfig, *, log_dir: Path, program: Sequence[str] =
     count = config.nproc_per_node or _processes_here()
     quiet_torch()
     # Two threads for each core slow all of them down.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
     # torch 2.13 gives the ranks of every attempt the same store (dynamic_rendezvous.py), where they find the addresses that
     # those of the attempt before left, and wait for the dead. So rank 0 of each attempt keeps a store of its own.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -92,8 +93,10 @@ def launch_here(config: LaunchConfig, *, log_dir: Path, program: Sequence[str] =
             agent.start()
         finally:
             handler.shutdown()
-    except (RendezvousError, TimeoutError) as problem:
+    except (RendezvousError, TimeoutError, DistError) as problem:
         where = config.rdzv_endpoint or f"{config.master_addr}:{config.master_port}"
+        if "EADDRINUSE" in str(problem):
+            raise MachineError(f"the port of {where} is in use on this machine", hint="say another --master_port on all machines") from None
         raise MachineError(
             f"the machines did not meet at {where}: {first_line(problem)}", hint="is swift launch started on each, and the port reachable?"
         ) from None
@@ -129,6 +132,11 @@ def quiet_torch() -> None:
     import logging
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+
+
+def _cores() -> int:
+    """Cores that this process may use: of a batch system often fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processes_here() -> int:

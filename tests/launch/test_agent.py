@@ -1,5 +1,6 @@
 """The launcher with ranks that need no torch: each is one small Python program, so that a launch takes half a second."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -9,7 +10,8 @@ import pytest
 
 from swift.config.launch import LaunchConfig
 from swift.config.options import build
-from swift.launch import agent
+from swift.errors import MachineError
+from swift.launch import agent, run
 from swift.launch.failure import RankFailed
 from swift.launch.run import launch_here
 
@@ -219,6 +221,19 @@ time.sleep(60)
         launch(code)
     assert time.monotonic() - begin < 15
     assert (caught.value.message, caught.value.exit_code) == ("interrupted", 130)
+
+
+def test_a_port_in_use_and_a_machine_that_does_not_come_are_named(launch, monkeypatch):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        several = {"nnodes": 2, "node_rank": 0, "master_addr": "127.0.0.1", "master_port": port}
+        with pytest.raises(MachineError, match=f"the port of 127.0.0.1:{port} is in use on this machine") as caught:
+            launch("", **several)
+    assert "--master_port" in caught.value.hint
+    meet = run.meeting_place
+    monkeypatch.setattr(run, "meeting_place", lambda config: meet(config) | {"timeout": 1})
+    with pytest.raises(MachineError, match=f"the machines did not meet at 127.0.0.1:{port}: "):
+        launch("", **several)
 
 
 def test_a_rank_dies_with_its_launcher(tmp_path):

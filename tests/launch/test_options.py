@@ -1,5 +1,8 @@
 """swift launch and the environment variables of ms-swift: what is started, and what is refused before anything starts."""
 
+import subprocess
+import sys
+
 import pytest
 
 from swift import cli
@@ -29,6 +32,7 @@ def test_what_stands_after_the_dashes_is_not_read_here():
         (["launch", "--nproc_per_node", "2", "--", "sft", "--modle", "m"], "unknown option --modle"),
         (["launch", "--nproc_per_node", "2", "--node_rank", "1", "--", *COMMAND], "--node_rank has no effect with one machine"),
         (["launch", "--nnodes", "2", "--", *COMMAND], "--nnodes 2 needs the address of the first machine"),
+        (["launch", "--nnodes", "2", "--master_addr", "a", "--", *COMMAND], "--nnodes 2 needs --node_rank"),
         (["launch", "--nnodes", "2", "--master_addr", "a", "--node_rank", "2", "--", *COMMAND], "--node_rank 2 does not fit --nnodes 2"),
         (["launch", "--nnodes", "2", "--rdzv_endpoint", "a", "--", *COMMAND], "--rdzv_endpoint 'a' is not HOST:PORT"),
         (["launch", "--nproc_per_node", "0", "--", *COMMAND], "--nproc_per_node takes at least 1, not 0"),
@@ -50,6 +54,8 @@ def test_the_variables_of_ms_swift_start_processes():
         *["launch", "--nproc_per_node=4", "--nnodes=2", "--node_rank=1", "--master_addr=node0", "--master_port=29600"],
         *["--", *COMMAND, "--json"],
     ]
+    # An operator of Kubernetes numbers the machines by RANK and WORLD_SIZE.
+    assert words_of_environment(COMMAND, ["--json"], {**env, "RANK": "1", "WORLD_SIZE": "2"}) == words
     config = flags.parse(LaunchConfig, "launch", "", words[1:])
     assert (config.nproc_per_node, config.node_rank, config.command) == (4, 1, [*COMMAND, "--json"])
 
@@ -60,13 +66,19 @@ def test_the_variables_of_ms_swift_start_processes():
         (COMMAND, {}),
         (COMMAND, {"NPROC_PER_NODE": "1"}),
         (COMMAND, {"MASTER_ADDR": "a"}),
-        (COMMAND, {"NPROC_PER_NODE": "2", "RANK": "0"}),  # it is one of those already
+        (COMMAND, {"NPROC_PER_NODE": "2", "RANK": "0", "LOCAL_RANK": "0"}),  # it is one of those already
         (["infer", "--model", "m"], {"NPROC_PER_NODE": "2"}),
         ([*COMMAND, "--help"], {"NPROC_PER_NODE": "2"}),
     ],
 )
 def test_otherwise_they_start_none(command, env):
     assert words_of_environment(command, (), env) is None
+
+
+def test_torchrun_can_start_the_package_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "swift", "sft", "--use_ray", "true"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "swift launch --ray" in done.stderr  # and who asks for Ray as in ms-swift is told how
 
 
 def test_a_wrong_variable_is_named():

@@ -1,5 +1,6 @@
 """What the watchdog reads, and what the launcher says of memory, from files; one real hang of two gloo processes."""
 
+import json
 import os
 import pickle
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from swift import progress
+from swift.errors import DataError
 from swift.launch import rank, watch
 from swift.launch.failure import MemoryEvents, ending_of, explain, first_cause
 from tests.ranks import run_ranks
@@ -76,6 +78,13 @@ def test_the_last_collective_of_a_flight_record_is_named(tmp_path):
     entry = {"profiling_name": "nccl:all_gather", "collective_seq_id": 57, "state": "started", "input_sizes": [[4, 8]]}
     (tmp_path / "flight-0").write_bytes(pickle.dumps({"entries": [entry]}))
     assert watch.flight_record(tmp_path) == "last collective: nccl:all_gather, number 57, started, [[4, 8]]"
+
+
+def test_torchrun_is_told_what_a_person_reads(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    rank.fail(DataError("rows.jsonl does not exist", hint="did you mean row.jsonl?"))
+    said = json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]["py_callstack"]
+    assert said == "rows.jsonl does not exist\nhint: did you mean row.jsonl?"
 
 
 def test_a_launcher_that_passes_a_signal_on_does_not_ask_twice():
