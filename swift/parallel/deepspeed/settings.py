@@ -25,6 +25,8 @@ SAME = {
     "scheduler.params.warmup_max_lr": "learning_rate",
     "scheduler.params.warmup_num_steps": "warmup_steps",
 }
+# Of these, the whole numbers, with the least of each.
+COUNTS = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "scheduler.params.warmup_num_steps": 0}
 # The schedules of DeepSpeed that ours are equal to, given a linear warm-up.
 SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 # What DeepSpeed does in loops of its own, or to models of its own: (setting that turns it on, what to use instead).
@@ -41,6 +43,7 @@ REFUSED = {
     "activation_checkpointing.partition_activations": "--gradient_checkpointing true keeps fewer activations",
     "activation_checkpointing.cpu_checkpointing": "--gradient_checkpointing true keeps fewer activations",
     "amp.enabled": "use bf16 or fp16",
+    "checkpoint.load_universal": "remove it: checkpoints are made universal when they have to be",
 }
 # ZeRO-3's sizes that follow from the width of the model, as Hugging Face has them.
 SIZES = {
@@ -91,12 +94,15 @@ def agree(settings: dict[str, Any], config: SftConfig, world_size: int) -> None:
     """Take what the file says for options that were left open; ConfigError where it contradicts one that was given."""
     name = f"--deepspeed {config.deepspeed}"
     _refuse(settings, name)
+    said: dict[str, tuple[str, Any]] = {}
     for key, option in SAME.items():
         value = value_at(settings, key)
         if value is None or value == AUTO:
             continue
-        if isinstance(value, str) or (isinstance(value, bool) != key.endswith("enabled")):
-            raise ConfigError(f"{name}: {key} must be {'true or false' if key.endswith('enabled') else 'a number'}, or auto")
+        _check_kind(name, key, value)
+        first, other = said.setdefault(option, (key, value))
+        if other != value:
+            raise ConfigError(f"{name}: {first} {json.dumps(other)} and {key} {json.dumps(value)} contradict each other", hint="keep one")
         _take(config, option, value, f"{name} has {key} {json.dumps(value)}")
     betas = value_at(settings, "optimizer.params.betas")
     if betas is not None and betas != AUTO:
@@ -121,6 +127,18 @@ def agree(settings: dict[str, Any], config: SftConfig, world_size: int) -> None:
             )
 
 
+def _check_kind(name: str, key: str, value: Any) -> None:
+    """ConfigError for a value of another kind than ``key`` takes, or one that makes no sense."""
+    if key.endswith("enabled"):
+        is_fit, wanted = isinstance(value, bool), "true or false"
+    else:
+        is_fit, wanted = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0, "a number, 0 or more"
+        if key in COUNTS:
+            is_fit, wanted = is_fit and value == int(value) and value >= COUNTS[key], f"a whole number, {COUNTS[key]} or more"
+    if not is_fit:
+        raise ConfigError(f"{name}: {key} must be {wanted}, or auto, not {json.dumps(value)}")
+
+
 def _refuse(settings: dict[str, Any], name: str) -> None:
     """ConfigError for what our loop does not do by DeepSpeed."""
     for key, hint in REFUSED.items():
@@ -134,8 +152,10 @@ def _refuse(settings: dict[str, Any], name: str) -> None:
         raise ConfigError(f"{name}: zero_optimization.stage is 0, 1, 2 or 3, not {json.dumps(given)}")
     for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
         device = value_at(settings, f"zero_optimization.{part}.device") or "none"
-        if device != "none" and stage(settings) < least:
-            raise ConfigError(f"{name}: {part} has no effect below zero_optimization.stage {least}", hint=f"remove {part}")
+        needed = 3 if device == "nvme" else least  # below, DeepSpeed 0.19.8 takes nvme for no offload at all
+        if device != "none" and stage(settings) < needed:
+            what = f"{part} to nvme" if needed != least else part
+            raise ConfigError(f"{name}: {what} has no effect below zero_optimization.stage {needed}", hint=f"remove {part}")
         if device == "nvme" and not value_at(settings, f"zero_optimization.{part}.nvme_path"):
             raise ConfigError(f"{name}: {part} to nvme needs nvme_path, a folder on that disk")
 
