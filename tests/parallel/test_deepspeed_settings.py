@@ -147,6 +147,18 @@ def test_options_that_were_left_open_take_what_the_file_says(tmp_path):
     assert config.lr_scheduler_type == "constant_with_warmup"
 
 
+def test_the_option_may_hold_the_settings_themselves():
+    settings_of = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1_000_000}, "gradient_clipping": 0.5, **{"x" * 300: 1}}
+    with pytest.raises(ConfigError, match=r"^--deepspeed \{\.\.\.\}: DeepSpeed does not know xxx"):
+        arrange(options(deepspeed=json.dumps(settings_of)), World(0, 2))
+    del settings_of["x" * 300]
+    config = options(deepspeed=json.dumps(settings_of))
+    assert arrange(config, World(0, 2)).strategy == "deepspeed"
+    assert config.max_grad_norm == 0.5
+    with pytest.raises(ConfigError, match="is neither a preset nor a file|File name too long"):
+        settings.read("x" * 300)
+
+
 def test_a_preset_that_does_not_exist_names_the_near_one():
     with pytest.raises(ConfigError, match="--deepspeed zero22 is neither a preset nor a file") as caught:
         arrange(options(deepspeed="zero22"), World(0, 2))

@@ -54,26 +54,36 @@ SIZES = {
 
 
 def read(name: str) -> dict[str, Any]:
-    """The settings called ``name``: a preset, or a JSON file. ConfigError if there is none, or it is no JSON object."""
+    """The settings called ``name``: a preset, or a JSON file, or JSON itself. ConfigError for none, or no JSON object."""
+    told, is_text = title(name), _is_text(name)
     presets = {path.stem: path for path in sorted(PRESETS.glob("*.json"))}
     path = presets.get(name, Path(name).expanduser())
-    if not path.is_file():
-        match = near(name, presets)
-        hint = f"did you mean {match}?" if match else f"presets: {', '.join(presets)}"
-        raise ConfigError(f"--deepspeed {name} is neither a preset nor a file", hint=hint)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        if not is_text and not path.is_file():
+            match = near(name, presets)
+            hint = f"did you mean {match}?" if match else f"presets: {', '.join(presets)}"
+            raise ConfigError(f"{told} is neither a preset nor a file", hint=hint)
+        found = json.loads(name if is_text else path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except (OSError, ValueError) as problem:
-        raise ConfigError(f"--deepspeed {name}: not a JSON file: {problem}") from None
+        raise ConfigError(f"{told}: not a JSON file: {problem}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"--deepspeed {name}: not a JSON object of settings")
+        raise ConfigError(f"{told}: not a JSON object of settings")
     for section in ("zero_optimization", "optimizer", "scheduler", "bf16", "fp16"):
         if not isinstance(found.get(section, {}), dict):
-            raise ConfigError(f"--deepspeed {name}: {section} must be an object, not {json.dumps(found[section])}")
+            raise ConfigError(f"{told}: {section} must be an object, not {json.dumps(found[section])}")
     for section in ("optimizer", "scheduler"):
         if section in found and not isinstance(found[section].get("params", {}), dict):
-            raise ConfigError(f"--deepspeed {name}: {section}.params must be an object")
+            raise ConfigError(f"{told}: {section}.params must be an object")
     return found
+
+
+def title(name: str | None) -> str:
+    """How the settings called ``name`` are told of: settings that stand in the option itself are not repeated."""
+    return "--deepspeed {...}" if name and _is_text(name) else f"--deepspeed {name}"
+
+
+def _is_text(name: str) -> bool:
+    return name.lstrip().startswith("{")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -92,7 +102,7 @@ def stage(settings: dict[str, Any]) -> int:
 
 def agree(settings: dict[str, Any], config: SftConfig, world_size: int) -> None:
     """Take what the file says for options that were left open; ConfigError where it contradicts one that was given."""
-    name = f"--deepspeed {config.deepspeed}"
+    name = title(config.deepspeed)
     _refuse(settings, name)
     said: dict[str, tuple[str, Any]] = {}
     for key, option in SAME.items():
@@ -220,7 +230,7 @@ def fill(settings: dict[str, Any], config: SftConfig, world_size: int, *, width:
         if zero.get(key) == AUTO:
             if width is None:
                 raise ConfigError(
-                    f'--deepspeed {config.deepspeed}: {key} "auto" follows from hidden_size, which the model does not have',
+                    f'{title(config.deepspeed)}: {key} "auto" follows from hidden_size, which the model does not have',
                     hint="write a number there",
                 )
             zero[key] = max(size(width), 1)

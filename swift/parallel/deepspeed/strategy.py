@@ -42,7 +42,7 @@ class DeepSpeed:
         """
         if config.deepspeed is None:
             raise ConfigError("--strategy deepspeed needs settings", hint="say --deepspeed zero2 instead, or a JSON file")
-        name = f"--deepspeed {config.deepspeed}"
+        name = settings.title(config.deepspeed)
         if sizes != Sizes(dp=sizes.dp):
             raise ConfigError(f"{name} and {sizes} cannot be combined: its processes all see different rows", hint="use --fsdp fsdp2")
         found = settings.read(config.deepspeed)
@@ -63,11 +63,11 @@ class DeepSpeed:
         self.stage = settings.stage(self.settings)
         self.is_float16 = autocast_dtype == torch.float16
         if self.is_float16:
-            _check_float16(f"--deepspeed {config.deepspeed}")
+            _check_float16(settings.title(config.deepspeed))
         self._left = 0
 
     def prepare(self, model: Any, make_optimizer: Callable[[Any], Optimizer]) -> tuple[Any, Optimizer]:
-        name = f"--deepspeed {self.config.deepspeed}"
+        name = settings.title(self.config.deepspeed)
         trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
         if self.dtype is None and trained - {torch.float32}:
             raise ConfigError(f"{name}: bf16.enabled false and weights in {_names(trained)} cannot be combined", hint='write "auto" there')
