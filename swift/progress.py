@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FILE_VARIABLE = "SWIFT_PROGRESS"  # the launcher says here which file a rank marks
-RUN_VARIABLE = "SWIFT_LAUNCH_RUN"  # and here in which file rank 0 leaves the path of its run directory
+RUN_VARIABLE = "SWIFT_LAUNCH_RUN"  # and here in which file a rank leaves the path of its run directory
 _LAYOUT = struct.Struct("<Qdq40s")  # marks so far, seconds of the monotonic clock, step (-1: none), phase
 
 _slot: mmap.mmap | None = None
@@ -69,9 +69,12 @@ def read(path: Path) -> Mark:
 
 
 def tell_run(run: Path) -> None:
-    """Leave the path of the run directory to the launcher, so that ranks that are started again go on in it."""
+    """Leave the path of the run directory to the launcher, so that ranks that are started again go on in it.
+
+    One rank of each machine does so: any machine may be replaced by one that knows nothing.
+    """
     place = os.environ.get(RUN_VARIABLE)
-    if place and os.environ.get("RANK", "0") == "0":
-        temporary = Path(f"{place}.tmp")
+    if place and os.environ.get("LOCAL_RANK", "0") == "0":
+        temporary = Path(f"{place}.{os.getpid()}.tmp")
         temporary.write_text(str(run.absolute()), encoding="utf-8")
         temporary.replace(place)

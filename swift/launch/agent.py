@@ -101,15 +101,15 @@ class Agent(LocalElasticAgent):
     # Ours
 
     def _agree_on_resume(self, worker_group: WorkerGroup) -> str | None:
-        """The run with which all machines go on: what the first of them knows, since rank 0 told it there."""
+        """The run with which all machines go on: what the first of them knows that knows one. A new machine does not."""
         known = rank.run_to_resume(self.logs.run_file)
         if worker_group.group_world_size == 1:
             return known
         key = f"{RESUME_KEY}/{self.logs.attempt + 1}" if worker_group.spec.rdzv_handler.get_backend() == "static" else RESUME_KEY
         store: Any = worker_group.store
-        if worker_group.group_rank == 0:
-            store.set(key, known or "")
-        agreed: str | None = store.get(key).decode() or None
+        store.set(f"{key}/{worker_group.group_rank}", known or "")
+        told = (store.get(f"{key}/{number}").decode() for number in range(worker_group.group_world_size))
+        agreed: str | None = next(filter(None, told), None)
         if agreed and not known:
             self.logs.run_file.write_text(agreed, encoding="utf-8")
         return agreed
@@ -166,7 +166,7 @@ class Agent(LocalElasticAgent):
         console.error(problem)
         known, left = rank.run_to_resume(self.logs.run_file), self._remaining_restarts - 1
         # Another machine may know the run: they agree when they meet again.
-        unknown = "the beginning" if self._worker_group.group_world_size == 1 else "what the machine of rank 0 has"
+        unknown = "the beginning" if self._worker_group.group_world_size == 1 else "what another machine knows"
         where = f"the newest checkpoint of {known}" if known else unknown
         console.notice(f"starting all ranks again, from {where}; restarts left after this one: {left}")
         return RunResult(state=WorkerState.FAILED)

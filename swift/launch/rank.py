@@ -37,6 +37,8 @@ def enter(words: Sequence[str]) -> list[str]:
         os.environ.update(ranks_of_step(os.environ))
     place = os.environ.get(FOLDER)
     if place is None:
+        if os.environ.get("TORCHELASTIC_RUN_ID"):
+            _die_with(os.getppid())  # torchrun leaves its ranks running when it is killed
         return list(words)
     _die_with(int(os.environ[PARENT]))
     folder = Path(place)
@@ -52,7 +54,7 @@ def enter(words: Sequence[str]) -> list[str]:
 
 
 def run_to_resume(place: Path) -> str | None:
-    """The run directory whose path rank 0 of an earlier attempt left in ``place``, if it holds a run that can be gone on with."""
+    """The run directory whose path a rank of an earlier attempt left in ``place``, if it holds a run that can be gone on with."""
     if not place.is_file():
         return None
     run = Path(place.read_text(encoding="utf-8"))

@@ -2,7 +2,7 @@
 
 import datetime
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,9 @@ from swift.errors import ConfigError
 
 # Set by torchrun and every launcher that speaks its language.
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# By which the accelerators are chosen that a process sees: of NVIDIA, AMD, Ascend and Intel.
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,22 @@ def read_world(environment: dict[str, str] | None = None) -> World:
     return World(rank, size, local, values["LOCAL_WORLD_SIZE"] if values["LOCAL_WORLD_SIZE"] > 0 else size)
 
 
+def device_of(world: World, count: int, environment: Mapping[str, str] | None = None) -> int:
+    """Which of ``count`` accelerators is this process's: that of its number, or the only one that its launcher lets it see.
+
+    ConfigError if there are more processes than accelerators.
+    """
+    if world.local_rank < count:
+        return world.local_rank
+    env = os.environ if environment is None else environment
+    if count == 1 and any(env.get(name) for name in VISIBLE):  # srun --gpus-per-task shows each task its own
+        return 0
+    raise ConfigError(
+        f"{world.local_size} processes are started on a machine with {count} {'accelerator' if count == 1 else 'accelerators'}",
+        hint=f"start {count} at most: NPROC_PER_NODE={count}, or --nproc_per_node {count}",
+    )
+
+
 @contextmanager
 def join(device: torch.device, *, backend: str | None = None, timeout_s: int = 1800) -> Iterator[World]:
     """The world of this process, joined; left when the block ends. Nothing is set up for a single process.
@@ -117,7 +136,7 @@ def join(device: torch.device, *, backend: str | None = None, timeout_s: int = 1
         yield world
         return
     if device.type != "cpu":
-        torch.accelerator.set_device_index(world.local_rank)
+        torch.accelerator.set_device_index(device_of(world, torch.accelerator.device_count()))
     chosen = backend or dist.get_default_backend_for_device(device)
     try:
         dist.init_process_group(chosen, timeout=datetime.timedelta(seconds=timeout_s))

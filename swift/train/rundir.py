@@ -28,6 +28,7 @@ class RunDirectory:
 
     def __enter__(self) -> "RunDirectory":
         if not self.owns:
+            progress.tell_run(self.path)
             return self
         with explain_os_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from swift.errors import MachineError
 from swift.launch import agent, run
 from swift.launch.failure import RankFailed
 from swift.launch.run import launch_here
+from tests.ranks import free_port, run_ranks
 
 BEGIN = """
 import os, signal, sys, time
@@ -143,6 +144,34 @@ time.sleep(1)
     assert f"starting all ranks again, from the newest checkpoint of {tmp_path / 'run'}" in err
 
 
+def one_of_two_machines(folder, port, code):
+    config = {"nproc_per_node": 1, "nnodes": 2, "rdzv_endpoint": f"127.0.0.1:{port}", "max_restarts": 1, "command": ["sft"]}
+    launch_here(build(LaunchConfig, ("argument", config)), log_dir=folder, program=("-c", BEGIN + code))
+
+
+def test_machines_go_on_with_the_run_that_any_of_them_knows(tmp_path):
+    # The machine of rank 0 is as one that was replaced: it does not know the run any more.
+    code = f"""
+run = Path({str(tmp_path / "run")!r})
+run.mkdir(exist_ok=True)
+(run / "args.json").touch()
+progress.tell_run(run)
+own = Path(os.environ[rank.FOLDER])
+if "attempt-0" in str(own):
+    (run / f"rank-{{number}}").touch()
+    while not (run / f"rank-{{1 - number}}").exists():
+        time.sleep(0.05)
+    if number == 0:
+        Path(os.environ[progress.RUN_VARIABLE]).unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+(run / f"words-{{number}}").write_text(" ".join(words))
+"""
+    run_ranks(2, one_of_two_machines, tmp_path / "launch", free_port(), code, deadline_s=60)
+    for number in (0, 1):
+        assert f"--resume_from_checkpoint {tmp_path / 'run'}" in (tmp_path / "run" / f"words-{number}").read_text()
+
+
 def test_wrong_input_is_not_tried_again(launch, tmp_path):
     with pytest.raises(RankFailed, match="no such column"):
         launch("fail(ConfigError('no such column'))", max_restarts=3)
@@ -236,10 +265,12 @@ def test_a_port_in_use_and_a_machine_that_does_not_come_are_named(launch, monkey
         launch("", **several)
 
 
-def test_a_rank_dies_with_its_launcher(tmp_path):
+@pytest.mark.parametrize("launcher", ["swift launch", "torchrun"])
+def test_a_rank_dies_with_its_launcher(tmp_path, launcher):
+    own = f'{{"SWIFT_LAUNCH_RANK": {str(tmp_path)!r}, "SWIFT_LAUNCH_PID": str(os.getpid())}}'
     rank_of_its_own = f"""
 import os, subprocess, sys
-env = os.environ | {{"RANK": "0", "SWIFT_LAUNCH_RANK": {str(tmp_path)!r}, "SWIFT_LAUNCH_PID": str(os.getpid())}}
+env = os.environ | {{"RANK": "0"}} | {own if launcher == "swift launch" else '{"TORCHELASTIC_RUN_ID": "none"}'}
 code = {BEGIN + "print(os.getpid(), flush=True); time.sleep(300)"!r}
 subprocess.Popen([sys.executable, "-c", code], env=env, start_new_session=True).wait()
 """

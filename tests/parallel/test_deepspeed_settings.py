@@ -155,7 +155,7 @@ def test_the_option_may_hold_the_settings_themselves():
     config = options(deepspeed=json.dumps(settings_of))
     assert arrange(config, World(0, 2)).strategy == "deepspeed"
     assert config.max_grad_norm == 0.5
-    with pytest.raises(ConfigError, match="is neither a preset nor a file|File name too long"):
+    with pytest.raises(ConfigError, match=r"is neither a preset nor a file|File name too long"):
         settings.read("x" * 300)
 
 

@@ -21,7 +21,7 @@ from swift.config.options import build
 from swift.errors import ConfigError
 from swift.parallel.choose import Arrangement, arrange
 from swift.parallel.mesh import Sizes
-from swift.parallel.world import World
+from swift.parallel.world import World, device_of
 from tests.ranks import run_ranks
 from tests.tiny import make_model, make_tokenizer
 
@@ -195,6 +195,17 @@ def test_processes_of_a_layer_read_the_same_rows_and_drop_the_same_activations()
     found = Arrangement("ddp", Sizes(pp=2, dp=2, cp=2, tp=2))
     assert [found.reader(rank) for rank in range(16)] == [0, 0, 0, 0, 1, 1, 1, 1] * 2
     assert [found.stream(rank) for rank in range(16)] == [0, 0, 1, 1, 2, 2, 3, 3] * 2
+
+
+def test_a_process_takes_the_accelerator_of_its_number_or_the_only_one_that_it_sees():
+    world = World(rank=5, size=8, local_rank=1, local_size=4)
+    assert device_of(world, 2, {}) == 1
+    assert device_of(world, 1, {"CUDA_VISIBLE_DEVICES": "3"}) == 0
+    with pytest.raises(ConfigError, match=r"4 processes are started on a machine with 1 accelerator$") as caught:
+        device_of(world, 1, {})
+    assert "NPROC_PER_NODE=1" in caught.value.hint
+    with pytest.raises(ConfigError, match="with 2 accelerators"):
+        device_of(World(rank=7, size=8, local_rank=3, local_size=4), 2, {"CUDA_VISIBLE_DEVICES": "0,1"})
 
 
 def test_one_process_is_no_several(tmp_path):
