@@ -20,9 +20,11 @@ VARIABLES = {
 # What each way of starting reads, beside what all read.
 _HERE = "nproc_per_node nnodes node_rank master_addr master_port rdzv_endpoint rdzv_id log_dir".split()
 _READ = {
-    "slurm": "nodes gpus_per_node partition account qos time job_name script submit log_dir hang_timeout master_port".split(),
+    "slurm": (
+        "nodes gpus_per_node cpus_per_gpu memory partition account qos time job_name script submit log_dir hang_timeout master_port"
+    ).split(),
     "ray": ["num_workers", "ray_address", "use_gpu", "log_dir"],
-    "k8s": "nodes gpus_per_node job_name image namespace kueue jobset volume_claim hang_timeout master_port".split(),
+    "k8s": "nodes gpus_per_node cpus_per_gpu memory job_name image namespace kueue jobset volume_claim hang_timeout master_port".split(),
 }
 _EVERYWHERE = ("slurm", "ray", "k8s", "max_restarts", "command")
 
@@ -58,6 +60,12 @@ class LaunchConfig(Config):
     gpus_per_node: int = opt(
         1, "slurm, k8s: accelerators of each machine, with one process for each; 0: one process without any", minimum=0
     )
+    cpus_per_gpu: int | None = opt(
+        None,
+        "slurm, k8s: cores for each process; Slurm gives one to a whole machine unless told, or unless its administrator says more",
+        minimum=1,
+    )
+    memory: str | None = opt(None, "slurm, k8s: main memory of each machine, such as 256G")
     job_name: str | None = opt(None, "slurm, k8s: name of the job; by default swift-COMMAND")
     partition: str | None = opt(None, "slurm: partition")
     account: str | None = opt(None, "slurm: account that pays")
@@ -84,6 +92,11 @@ class LaunchConfig(Config):
         return [name for name, is_chosen in (("slurm", self.slurm), ("ray", self.ray), ("k8s", self.k8s)) if is_chosen]
 
     @property
+    def cpus(self) -> int | None:
+        """Cores of each machine that Slurm or Kubernetes gives; None if it was not said."""
+        return self.cpus_per_gpu and self.cpus_per_gpu * max(1, self.gpus_per_node)
+
+    @property
     def name(self) -> str:
         return self.job_name or f"swift-{self.command[0]}"
 
@@ -102,6 +115,8 @@ class LaunchConfig(Config):
         because = f"with --{chosen[0]}" if chosen else "without --slurm, --ray or --k8s"
         every = {name for names in _READ.values() for name in names} | set(_HERE)
         self.refuse_without_effect(sorted(every - set(read) - set(_EVERYWHERE)), because)
+        if self.memory is not None and not re.fullmatch(r"[1-9]\d*[MGT]", self.memory):
+            raise ConfigError(f"--memory {self.memory!r} is not an amount of memory", hint="such as 256G: a number, and M, G or T")
         if chosen == ["slurm"]:
             self._check_slurm()
         elif chosen == ["k8s"]:

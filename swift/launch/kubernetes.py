@@ -80,8 +80,11 @@ def pod_spec(config: LaunchConfig) -> dict[str, Any]:
         "workingDir": WORKSPACE,
         "volumeMounts": mounts,
     }
-    if config.gpus_per_node:
-        container["resources"] = {"limits": {GPU: config.gpus_per_node}}
+    amounts = {"cpu": config.cpus, "memory": f"{config.memory}i" if config.memory else None}
+    requests = {name: amount for name, amount in amounts.items() if amount}
+    limits = {GPU: config.gpus_per_node} if config.gpus_per_node else {}
+    limits |= {name: requests[name] for name in ("memory",) if name in requests}
+    container |= {"resources": {name: some for name, some in (("requests", requests), ("limits", limits)) if some}}
     spec: dict[str, Any] = {"restartPolicy": "Never", "containers": [container], "volumes": volumes}
     if not config.jobset and config.nodes > 1:
         spec["subdomain"] = config.name

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -12,6 +13,7 @@ from swift import progress
 from swift.files import explain_os_errors
 from swift.launch import rank
 
+RUN, JOB = "run", "slurm-job"  # files of a launch: the run directory, the number of the job
 FOLLOW_S = 0.1  # how often the terminal is brought up to date
 
 
@@ -29,13 +31,31 @@ def new_folder_of_launch(parent: Path) -> Path:
     raise AssertionError(f"a thousand launches in one second in {parent}")
 
 
+def take_up_job(folder: Path, parent: Path, environment: Mapping[str, str] | None = None) -> None:
+    """Leave in ``folder`` which job of Slurm this is, and the run of that job, if Slurm starts it again and ``parent`` knows the run.
+
+    Slurm does so after preemption, and when a machine broke down (SLURM_RESTART_COUNT); the run goes on from its newest checkpoint.
+    """
+    env = os.environ if environment is None else environment
+    job = env.get("SLURM_JOB_ID")
+    if not job:
+        return
+    (folder / JOB).write_text(job, encoding="utf-8")
+    if env.get("SLURM_RESTART_COUNT", "0") == "0":
+        return
+    same = [path.parent / RUN for path in parent.glob(f"**/{JOB}") if path.read_text(encoding="utf-8") == job]
+    known = sorted((path for path in same if path.is_file()), key=lambda path: path.stat().st_mtime)
+    if known:
+        (folder / RUN).write_bytes(known[-1].read_bytes())
+
+
 class Logs(LogsSpecs):
     """LAUNCH/attempt-A/rank-R/ with out.log, err.log, error.json, stacks.txt and the marks of progress."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder))
         self.folder = folder
-        self.run_file = folder / "run"
+        self.run_file = folder / RUN
         self.attempt = -1
         self.resume: str | None = None
 

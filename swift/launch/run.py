@@ -62,7 +62,7 @@ def launch_here(config: LaunchConfig, *, log_dir: Path, program: Sequence[str] =
     from torch.distributed.elastic.rendezvous.api import RendezvousError
 
     from swift.launch.agent import Agent
-    from swift.launch.logs import Logs, new_folder_of_launch
+    from swift.launch.logs import Logs, new_folder_of_launch, take_up_job
 
     count = config.nproc_per_node or _processes_here()
     quiet_torch()
@@ -73,6 +73,7 @@ def launch_here(config: LaunchConfig, *, log_dir: Path, program: Sequence[str] =
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # Machines may share a disk.
     folder = new_folder_of_launch(log_dir if config.nnodes == 1 else log_dir / socket.gethostname())
+    take_up_job(folder, log_dir)
     where = "" if config.nnodes == 1 else f" on {socket.gethostname()}, one of {config.nnodes} machines"
     console.notice(f"{count} {'process' if count == 1 else 'processes'}{where}; what each prints is in {folder}")
     try:

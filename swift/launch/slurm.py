@@ -46,12 +46,16 @@ def batch_script(config: LaunchConfig, *, log_dir: Path) -> str:
         "job-name": config.name,
         "nodes": config.nodes,
         "ntasks-per-node": 1,
+        "cpus-per-task": config.cpus,
         "gpus-per-node": config.gpus_per_node or None,
+        "mem": config.memory,
         "partition": config.partition,
         "account": config.account,
         "qos": config.qos,
         "time": config.time,
         "output": f"{place}/slurm-%j.log",
+        # A job that is put back into the queue, by preemption or for a broken machine, writes on.
+        "open-mode": "append",
         # Slurm tells the processes of srun, so that they save before the time is up.
         "signal": "TERM@120" if config.time else None,
     }
@@ -70,4 +74,6 @@ def batch_script(config: LaunchConfig, *, log_dir: Path) -> str:
     meeting = ['--nnodes="$SLURM_JOB_NUM_NODES"', '--rdzv_endpoint="$host:$port"', '--rdzv_id="$SLURM_JOB_ID"'] if config.nodes > 1 else []
     command = " ".join([shlex.join(words), *meeting, "--", shlex.join(config.command)])
     # --kill-on-bad-exit: when one machine fails for good, the others do not wait for it.
-    return f"#!/bin/bash\n{head}\nset -euo pipefail\n{textwrap.dedent(several)}\nsrun --kill-on-bad-exit=1 \\\n  {command}\n"
+    # --cpus-per-task: since Slurm 22.05 srun does not take that of the job.
+    step = f"srun --kill-on-bad-exit=1{f' --cpus-per-task={config.cpus}' if config.cpus else ''}"
+    return f"#!/bin/bash\n{head}\nset -euo pipefail\n{textwrap.dedent(several)}\n{step} \\\n  {command}\n"

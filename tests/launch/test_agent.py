@@ -144,6 +144,22 @@ time.sleep(1)
     assert f"starting all ranks again, from the newest checkpoint of {tmp_path / 'run'}" in err
 
 
+def test_a_job_that_slurm_starts_again_goes_on_with_its_run(launch, monkeypatch, tmp_path, capsys):
+    code = f"""
+run = Path({str(tmp_path)!r}) / f"run-{{os.environ['SLURM_JOB_ID']}}"
+run.mkdir(exist_ok=True)
+(run / "args.json").touch()
+progress.tell_run(run)
+print(" ".join(words))
+"""
+    for job, count in (("7", "0"), ("8", "0"), ("7", "1")):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+        launch(code, nproc_per_node=1)
+    again = f"sft --resume_from_checkpoint {tmp_path / 'run-7'} --resume_only_model false --adapters"
+    assert capsys.readouterr().out.splitlines() == ["sft", "sft", again]
+
+
 def one_of_two_machines(folder, port, code):
     config = {"nproc_per_node": 1, "nnodes": 2, "rdzv_endpoint": f"127.0.0.1:{port}", "max_restarts": 1, "command": ["sft"]}
     launch_here(build(LaunchConfig, ("argument", config)), log_dir=folder, program=("-c", BEGIN + code))

@@ -42,6 +42,7 @@ def words(pod):
         {"nodes": 4, "gpus_per_node": 8, "kueue": "gpus", "namespace": "team", "max_restarts": 2},
         {"nodes": 2, "gpus_per_node": 0, "volume_claim": "data", "hang_timeout": 60},
         {"nodes": 4, "gpus_per_node": 8, "jobset": True, "max_restarts": 2, "kueue": "gpus", "volume_claim": "data"},
+        {"gpus_per_node": 2, "cpus_per_gpu": 6, "memory": "96G"},
     ],
 )
 def test_manifests_are_what_kubernetes_takes(options, capsys):
@@ -74,6 +75,15 @@ def test_each_pod_is_a_machine_that_meets_the_others_at_the_first():
         *["swift", "launch", "--nproc_per_node=8", "--nnodes=4", "--node_rank=$(JOB_COMPLETION_INDEX)"],
         *["--master_addr=swift-sft-0.swift-sft", "--master_port=29500", "--", "sft", "--system", "costs $$5 $$(X)"],
     ]
+
+
+def test_cores_and_memory_are_asked_for():
+    def resources(**options):
+        return manifests(config(**options))[0]["spec"]["template"]["spec"]["containers"][0]["resources"]
+
+    whole = {"requests": {"cpu": 12, "memory": "96Gi"}, "limits": {"nvidia.com/gpu": 2, "memory": "96Gi"}}
+    assert resources(gpus_per_node=2, cpus_per_gpu=6, memory="96G") == whole
+    assert resources(gpus_per_node=0, cpus_per_gpu=6) == {"requests": {"cpu": 6}}
 
 
 def test_wrong_input_is_not_run_again_by_the_cluster():

@@ -16,17 +16,29 @@ def config(**options):
 
 
 def test_a_script_of_several_machines(tmp_path):
-    options = {"nodes": 4, "gpus_per_node": 8, "partition": "gpu", "account": "lab", "time": "1-12:00:00", "max_restarts": 2}
+    options = {
+        "nodes": 4,
+        "gpus_per_node": 8,
+        "cpus_per_gpu": 12,
+        "memory": "900G",
+        "partition": "gpu",
+        "account": "lab",
+        "time": "1-12:00:00",
+        "max_restarts": 2,
+    }
     assert batch_script(config(**options), log_dir=tmp_path) == (
         "#!/bin/bash\n"
         "#SBATCH --job-name=swift-sft\n"
         "#SBATCH --nodes=4\n"
         "#SBATCH --ntasks-per-node=1\n"
+        "#SBATCH --cpus-per-task=96\n"
         "#SBATCH --gpus-per-node=8\n"
+        "#SBATCH --mem=900G\n"
         "#SBATCH --partition=gpu\n"
         "#SBATCH --account=lab\n"
         "#SBATCH --time=1-12:00:00\n"
         f"#SBATCH --output={tmp_path}/slurm-%j.log\n"
+        "#SBATCH --open-mode=append\n"
         "#SBATCH --signal=TERM@120\n"
         "set -euo pipefail\n"
         "\n"
@@ -34,7 +46,7 @@ def test_a_script_of_several_machines(tmp_path):
         'host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)\n'
         "port=$((20000 + SLURM_JOB_ID % 20000))\n"
         "\n"
-        "srun --kill-on-bad-exit=1 \\\n"
+        "srun --kill-on-bad-exit=1 --cpus-per-task=96 \\\n"
         f"  swift launch --nproc_per_node=8 --max_restarts=2 --log_dir={tmp_path}"
         ' --nnodes="$SLURM_JOB_NUM_NODES" --rdzv_endpoint="$host:$port" --rdzv_id="$SLURM_JOB_ID"'
         """ -- sft --system 'it'"'"'s $HOME'\n"""
@@ -57,6 +69,7 @@ def test_bash_gives_the_words_unchanged(tmp_path):
     [
         ({"time": "tomorrow"}, "--time 'tomorrow' is not a time of Slurm"),
         ({"partition": "a b"}, "--partition 'a b' is not a name that Slurm takes"),
+        ({"memory": "lots"}, "--memory 'lots' is not an amount of memory"),
         ({"image": "x"}, "--image has no effect with --slurm"),
         ({"nproc_per_node": 2}, "--nproc_per_node has no effect with --slurm"),
     ],
