@@ -62,6 +62,7 @@ def launch_here(config: LaunchConfig, *, log_dir: Path, program: Sequence[str] =
     from torch.distributed.elastic.rendezvous.api import RendezvousError
 
     from swift.launch.agent import Agent
+    from swift.launch.failure import RankFailed
     from swift.launch.logs import Logs, new_folder_of_launch, take_up_job
 
     count = config.nproc_per_node or _processes_here()
@@ -98,7 +99,8 @@ def launch_here(config: LaunchConfig, *, log_dir: Path, program: Sequence[str] =
         where = config.rdzv_endpoint or f"{config.master_addr}:{config.master_port}"
         if "EADDRINUSE" in str(problem):
             raise MachineError(f"the port of {where} is in use on this machine", hint="say another --master_port on all machines") from None
-        raise MachineError(
+        # Not wrong input (exit code 2), after which Kubernetes would not try again: the first machine may have been replaced.
+        raise RankFailed(
             f"the machines did not meet at {where}: {first_line(problem)}", hint="is swift launch started on each, and the port reachable?"
         ) from None
 

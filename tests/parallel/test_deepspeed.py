@@ -19,7 +19,7 @@ from swift.model.attention import use_packed_attention
 from swift.model.load import load_model
 from swift.model.policy import Policy
 from swift.objectives import OBJECTIVES
-from swift.parallel.world import join
+from swift.parallel.world import NAMES, join
 from swift.train.loop import train_step
 from swift.train.optim import make_optimizer
 from tests.ranks import run_ranks
@@ -254,6 +254,13 @@ def train(model, rows, out, more):
     return [line for line in result.state.log_history if "loss" in line]
 
 
+def train_alone(*arguments):
+    """As a process that no launcher started."""
+    for name in NAMES:
+        os.environ.pop(name, None)
+    return train(*arguments)
+
+
 def test_a_run_saves_what_transformers_loads_and_goes_on_in_one_process(untied, rows, tmp_path):
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     from transformers import AutoModelForCausalLM
@@ -267,7 +274,7 @@ def test_a_run_saves_what_transformers_loads_and_goes_on_in_one_process(untied, 
     consolidated.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(str(folder)))
     assert torch.equal(saved(ids).logits, consolidated(ids).logits)
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    again = run_ranks(1, train, untied, rows, tmp_path / "run", {"max_steps": 4, "resume_from_checkpoint": str(folder)})[0]
+    again = run_ranks(1, train_alone, untied, rows, tmp_path / "run", {"max_steps": 4, "resume_from_checkpoint": str(folder)})[0]
     for found, known in zip(again[-2:], straight[-2:], strict=True):
         for key in ("loss", "grad_norm", "learning_rate"):
             assert found[key] == pytest.approx(known[key], rel=1e-5), key

@@ -86,6 +86,11 @@ def test_auto_is_filled_as_hugging_face_fills_it():
         ({"optimizer": {"type": "AdamV"}}, "DeepSpeed does not know optimizer.type AdamV", "Adam"),
         ({"optimizer": {"type": "AdamW", "params": {"bettas": [0.9, 0.9]}}}, "know optimizer.params.bettas", "betas"),
         ({"optimizer": {"params": {}}}, "optimizer.type is missing", "AdamW"),
+        (
+            {"optimizer": {"type": "Adafactor"}, "zero_optimization": {"stage": 2}},
+            "optimizer.type Adafactor looks at whole matrices, of which each process has a part",
+            "AdamW",
+        ),
         ({"scheduler": {"type": "OneCycle"}}, "scheduler.type OneCycle is none of", "--lr_scheduler_type"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "log"}}}, "warmup_type must be linear", ""),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size 2", "--tensor_model_parallel_size"),

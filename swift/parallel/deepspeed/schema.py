@@ -7,9 +7,10 @@ from typing import Any
 
 from swift.errors import ConfigError, first_line, near
 from swift.parallel.deepspeed import package
-from swift.parallel.deepspeed.settings import autos, value_at
+from swift.parallel.deepspeed.settings import autos, stage, value_at
 
 BATCH = "train_micro_batch_size_per_gpu"
+WHOLE = ("adafactor", "lbfgs", "sparseadam")  # torch has them, and DeepSpeed would give each a part, flattened
 SIZES = (BATCH, "train_batch_size", "gradient_accumulation_steps")  # which are filled in, and fit each other
 
 
@@ -125,6 +126,10 @@ def _check_optimizer(settings: dict[str, Any], name: str) -> None:
     own = package.part("deepspeed.runtime.config").DEEPSPEED_OPTIMIZERS
     if kind.lower() not in own and not isinstance(getattr(torch.optim, kind, None), type):
         raise _unknown(name, "optimizer.type ", kind, {*own, "AdamW", "Adam", "SGD", "Adagrad", "RMSprop"})
+    if kind.lower() in WHOLE and stage(settings):
+        raise ConfigError(
+            f"{name}: optimizer.type {kind} looks at whole matrices, of which each process has a part", hint="use AdamW, or stage 0"
+        )
     if kind.lower() in ("adam", "adamw"):
         adam = package.part("deepspeed.ops.adam")
         known = {"torch_adam", "adam_w_mode", "fp32_optimizer_states"}

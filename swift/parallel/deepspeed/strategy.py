@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,6 +79,8 @@ class DeepSpeed:
         if not dist.is_initialized():
             backend = dist.get_default_backend_for_device(self.device)
             dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+        # DeepSpeed reads it, also of a process that is alone and that no launcher started.
+        os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))
         optimizer = make_optimizer(model)
         entry = Entry(model)
         # DeepSpeed's own optimizer, if the file names one, has our groups: no decay for biases and norms.
