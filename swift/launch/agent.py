@@ -108,7 +108,7 @@ class Agent(LocalElasticAgent):
         key = f"{RESUME_KEY}/{self.logs.attempt + 1}" if worker_group.spec.rdzv_handler.get_backend() == "static" else RESUME_KEY
         store: Any = worker_group.store
         store.set(f"{key}/{worker_group.group_rank}", known or "")
-        told = (store.get(f"{key}/{number}").decode() for number in range(worker_group.group_world_size))
+        told = (store.get(f"{key}/{number}").decode() for number in range(worker_group.group_world_size or 1))
         agreed: str | None = next(filter(None, told), None)
         if agreed and not known:
             self.logs.run_file.write_text(agreed, encoding="utf-8")

@@ -82,7 +82,7 @@ def pod_spec(config: LaunchConfig) -> dict[str, Any]:
     }
     amounts = {"cpu": config.cpus, "memory": f"{config.memory}i" if config.memory else None}
     requests = {name: amount for name, amount in amounts.items() if amount}
-    limits = {GPU: config.gpus_per_node} if config.gpus_per_node else {}
+    limits: dict[str, int | str] = {GPU: config.gpus_per_node} if config.gpus_per_node else {}
     limits |= {name: requests[name] for name in ("memory",) if name in requests}
     container |= {"resources": {name: some for name, some in (("requests", requests), ("limits", limits)) if some}}
     spec: dict[str, Any] = {"restartPolicy": "Never", "containers": [container], "volumes": volumes}
