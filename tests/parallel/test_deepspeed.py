@@ -1,6 +1,7 @@
 """Training by DeepSpeed is training in one process: the same losses, norms and weights, of parts that are really parts."""
 
 import functools
+import json
 import os
 import re
 import shutil
@@ -243,6 +244,12 @@ def test_a_checkpoint_of_another_stage_is_refused(untied, tmp_path):
     run_ranks(1, save_and_go_on, untied, tmp_path, [("zero2", "full")])
     with pytest.raises(AssertionError, match="it was written by ZeRO stage 2, and this is stage 3"):
         run_ranks(1, load_as, untied, tmp_path / "zero2" / "full", "zero3")
+
+
+def test_settings_that_deepspeed_does_not_take_together_are_refused_in_one_line(untied, tmp_path):
+    together = json.dumps({"zero_optimization": {"stage": 2}, "prescale_gradients": True, "gradient_predivide_factor": 2.0})
+    with pytest.raises(AssertionError, match=r"ConfigError: --deepspeed \{\.\.\.\}: DeepSpeed refuses it: gradient_predivide_factor"):
+        run_ranks(1, load_as, untied, tmp_path, together)
 
 
 def train(model, rows, out, more):

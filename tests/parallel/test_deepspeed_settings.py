@@ -94,6 +94,7 @@ def test_auto_is_filled_as_hugging_face_fills_it():
         ({"scheduler": {"type": "OneCycle"}}, "scheduler.type OneCycle is none of", "--lr_scheduler_type"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "log"}}}, "warmup_type must be linear", ""),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size 2", "--tensor_model_parallel_size"),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "compute_grad_norm must be true", ""),
         ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation must be true", ""),
         ({"train_batch_size": 5}, "has train_batch_size 5, and --per_device_train_batch_size 1 x 2 processes contradicts it", "auto"),
         ({"gradient_clipping": "much"}, 'gradient_clipping must be a number, 0 or more, or auto, not "much"', ""),

@@ -157,6 +157,8 @@ def _refuse(settings: dict[str, Any], name: str) -> None:
             raise ConfigError(f"{name}: {key} {json.dumps(value)} has no effect here, or a wrong one", hint=hint)
     if value_at(settings, "managed_gradient_accumulation") is False:
         raise ConfigError(f"{name}: managed_gradient_accumulation must be true: the loop says where a step ends")
+    if value_at(settings, "zero_optimization.compute_grad_norm") is False:
+        raise ConfigError(f"{name}: zero_optimization.compute_grad_norm must be true: the norm is logged, and clipped by")
     given = value_at(settings, "zero_optimization.stage")
     if given is not None and (isinstance(given, bool) or given not in (0, 1, 2, 3)):
         raise ConfigError(f"{name}: zero_optimization.stage is 0, 1, 2 or 3, not {json.dumps(given)}")

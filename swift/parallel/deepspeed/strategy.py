@@ -93,6 +93,9 @@ class DeepSpeed:
             if not is_own or "argument" not in str(problem):
                 raise
             raise ConfigError(f"{name}: optimizer.params does not fit: {first_line(problem)}") from None
+        except (AssertionError, NotImplementedError, ValueError) as problem:
+            # What it does not take together, or not of this model, it finds out by these.
+            raise ConfigError(f"{name}: DeepSpeed refuses it: {first_line(problem)}") from problem
         self._forget_trial_step()
         self._register_head(entry)
         self.averages = settings.value_at(filled, "gradient_allreduce_op") != "sum"
