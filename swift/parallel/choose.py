@@ -47,7 +47,7 @@ class Arrangement:
     @property
     def is_sharded(self) -> bool:
         """Whether no process holds all weights."""
-        return self.strategy in ("fsdp2", "deepspeed") or self.sizes.tp > 1 or self.sizes.pp > 1 or self.experts > 1
+        return self.strategy in ("fsdp2", "deepspeed", "megatron") or self.sizes.tp > 1 or self.sizes.pp > 1 or self.experts > 1
 
 
 def arrange(config: SftConfig, world: World) -> Arrangement:
@@ -72,7 +72,7 @@ def arrange(config: SftConfig, world: World) -> Arrangement:
             hint="NPROC_PER_NODE=2 swift sft ..., torchrun, or swift launch start them",
         )
     _refuse_products(found)
-    if sizes.pp > 1 and isinstance(config, RlhfConfig):
+    if sizes.pp > 1 and isinstance(config, RlhfConfig) and found.strategy != "megatron":
         raise ConfigError(
             f"--rlhf_type {config.rlhf_type} and --pipeline_model_parallel_size {sizes.pp} cannot be combined: stages have no reference",
             hint="use --tensor_model_parallel_size or --fsdp fsdp2",
@@ -85,7 +85,9 @@ def arrange(config: SftConfig, world: World) -> Arrangement:
 
 
 def _refuse_products(found: Arrangement) -> None:
-    """ConfigError for ways to spread a model that do not go together."""
+    """ConfigError for ways to spread a model that do not go together. Megatron-Core has rules of its own."""
+    if found.strategy == "megatron":
+        return
     sizes, experts = found.sizes, f"--expert_model_parallel_size {found.experts}"
     apart = (
         (found.experts > 1 and found.strategy != "ddp", experts, f"--strategy {found.strategy}", "use --strategy ddp"),

@@ -145,7 +145,9 @@ class Session:
             self.tuner.load(model, resume_from)
         optimizer = functools.partial(make_optimizer, config=config, lorap_lr_ratio=config.lorap_lr_ratio)
         self.model, self.optimizer = self.strategy.prepare(model, optimizer)
-        self.policy = Policy(self.model, router_aux_loss_coef=config.router_aux_loss_coef, call=self.strategy.call)
+        make_policy = getattr(self.strategy, "make_policy", None)  # a strategy with a model of its own has it
+        own = {"router_aux_loss_coef": config.router_aux_loss_coef, "call": self.strategy.call}
+        self.policy = Policy(self.model, **own) if make_policy is None else make_policy(self.model)
         self.reference = references.make_reference(config, self.policy, second, self.device)
         self.schedule = make_schedule(self.optimizer, config, steps.total)
         self.state = TrainState(max_steps=steps.total, readers=steps.cutting.readers, units_per_step=steps.cutting.units_per_step)

@@ -1,0 +1,48 @@
+"""Megatron-Core on a CPU, for trying out and for tests: it asks CUDA for the device, and here it is told another one."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """Within, what Megatron-Core makes "on CUDA" is made on the CPU.
+
+    Its schedules name the device "cuda", its layers ask torch.cuda for the current one, and dropout draws from a state of
+    CUDA's generator: that becomes the CPU's generator, the same in all processes. Nothing is changed where there is CUDA.
+    """
+    from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import moe_utils
+
+    if torch.cuda.is_available():
+        yield
+        return
+
+    def here(make: Any) -> Any:
+        return lambda *sizes, **options: make(*sizes, **(options | {"device": "cpu"} if options.get("device") == "cuda" else options))
+
+    changes: list[tuple[Any, str, Any]] = [
+        (torch, "zeros", here(torch.zeros)),
+        (torch, "ones", here(torch.ones)),
+        (torch.cuda, "current_device", lambda: "cpu"),
+        (torch.cuda, "synchronize", lambda *_: None),
+        (torch.Tensor, "cuda", lambda tensor, *_, **__: tensor),
+        (megatron_random.CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext()),
+    ]
+    if not hasattr(moe_utils, "te_general_gemm"):  # megatron-core 0.16 reads it without Transformer Engine too
+        changes.append((moe_utils, "te_general_gemm", None))
+    missing = object()
+    kept = [(owner, name, getattr(owner, name, missing)) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in kept:
+            if value is missing:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)

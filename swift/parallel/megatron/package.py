@@ -1,0 +1,39 @@
+"""Megatron-Core itself: imported once, with what it says of packages for CUDA kept off the terminal."""
+
+import contextlib
+import logging
+import warnings
+from typing import Any
+
+from swift.deps import require
+
+_LOGGERS = ("megatron.core", "megatron")
+
+
+def part(name: str) -> Any:
+    """The module ``name`` of megatron.core. DependencyError if the package is not installed."""
+    with quiet():
+        return require(f"megatron.core.{name}" if name else "megatron.core", extra="megatron")
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """Within, warnings of its own deprecated parts, of its defaults, and of packages that it looks for are not shown."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def quiet_logs() -> None:
+    """What it logs while it sets up is for its authors."""
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def has_transformer_engine() -> bool:
+    """Whether the layers for CUDA are installed, which Megatron-Core's own are replaced by."""
+    with contextlib.suppress(ImportError, OSError), quiet():
+        import transformer_engine.pytorch  # noqa: F401
+
+        return True
+    return False
