@@ -1,6 +1,7 @@
 """Training by Megatron-Core is training in one process: the same losses, norms and checkpoints, of parts that are really parts."""
 
 import json
+import shlex
 
 import matplotlib
 import matplotlib.pyplot
@@ -9,9 +10,13 @@ import torch
 import transformers
 
 import swift.api
+import swift.cli
 import swift.train.run
 from swift.parallel.megatron import package
+from swift.parallel.megatron.convert import Converter
+from swift.parallel.megatron.model import Layout
 from swift.parallel.megatron.strategy import Megatron
+from swift.parallel.world import join
 from tests.families import build
 from tests.ranks import run_ranks
 from tests.tiny import make_tokenizer
@@ -157,3 +162,31 @@ def test_pairs_are_compared_by_megatron_as_by_one_process(models, tmp_path):
 
 def compare(*arguments):
     return train(*arguments, command="rlhf")
+
+
+def export(command):
+    swift.cli.run(shlex.split(command))
+
+
+def read_in_parts(folder, model, layout):
+    """({name: whole tensor} in the main process, numbers that this one has) of a checkpoint that two processes read."""
+    with join(torch.device("cpu")):
+        converter = Converter(transformers.AutoModelForCausalLM.from_pretrained(model), torch.float32, layout)
+        converter.load(folder)
+        return converter.give(), sum(parameter.numel() for parameter in converter.chunk.parameters())
+
+
+@pytest.mark.parametrize("family", ["tied", "experts"])
+def test_a_model_becomes_a_checkpoint_of_megatron_and_comes_back(models, tmp_path, family):
+    model, mcore, back = models[family], tmp_path / "mcore", tmp_path / "back"
+    run_ranks(1, export, f"export --model {model} --to_mcore true --output_dir {mcore} --quant_eval_samples 1")
+    assert json.loads((mcore / "release" / "metadata.json").read_text())["sharded_backend"] == "torch_dist"
+    original = transformers.AutoModelForCausalLM.from_pretrained(model)
+    layout = Layout(ep=2) if family == "experts" else Layout(pp=2)
+    (found, some), (_, others) = run_ranks(2, read_in_parts, mcore, model, layout)
+    tensors = original.state_dict()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in found.items())
+    assert set(tensors) - set(found) <= {"lm_head.weight"}
+    assert max(some, others) < 0.9 * sum(tensor.numel() for tensor in found.values())
+    run_ranks(1, export, f"export --mcore_model {mcore} --to_hf true --output_dir {back}")
+    torch.testing.assert_close(logits(back), logits(model), rtol=0, atol=0)

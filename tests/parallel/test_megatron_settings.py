@@ -29,7 +29,8 @@ def test_what_the_tensors_show_is_no_matter_of_the_models_name():
 def test_a_router_that_does_not_normalise_takes_its_softmax_first():
     assert settings_of("mixtral").transformer["moe_router_pre_softmax"] is False
     assert settings_of("qwen3_moe", norm_topk_prob=False).transformer["moe_router_pre_softmax"] is True
-    assert settings_of("qwen3_moe").transformer["moe_layer_freq"] == [1, 1]
+    assert settings_of("qwen3_moe").transformer["moe_layer_freq"] == 1
+    assert settings_of("qwen3_moe", mlp_only_layers=[0]).transformer["moe_layer_freq"] == [0, 1]
 
 
 @pytest.mark.parametrize(

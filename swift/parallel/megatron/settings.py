@@ -144,7 +144,7 @@ def _read_experts(found: Settings, config: dict[str, Any], names: dict[str, Entr
     found.add("moe_router_topk", _need(config, "num_experts_per_tok"), "num_experts_per_tok")
     width = config.get("moe_intermediate_size")
     found.add("moe_ffn_hidden_size", width or config["intermediate_size"], "moe_intermediate_size" if width else "intermediate_size")
-    found.add("moe_layer_freq", [int(layer) for layer in layers], "tensors of routers")
+    found.add("moe_layer_freq", 1 if all(layers) else [int(layer) for layer in layers], "tensors of routers")
     # A softmax over all experts, then the largest, divided by their sum, is the softmax over the largest.
     normalised = config.get("norm_topk_prob", True)
     found.add("moe_router_pre_softmax", not normalised, "norm_topk_prob" if "norm_topk_prob" in config else "no norm_topk_prob")

@@ -23,13 +23,12 @@ from swift.parallel.megatron import checkpoint, package
 from swift.parallel.megatron.arguments import check_fields
 from swift.parallel.megatron.bridge import Bridge
 from swift.parallel.megatron.cpu import on_cpu
+from swift.parallel.megatron.describe import describe
 from swift.parallel.megatron.gradients import gradient_norm, scale_gradients, sum_gradients
 from swift.parallel.megatron.holder import Holder
 from swift.parallel.megatron.model import Layout, build_chunks, join_groups, transformer_config
-from swift.parallel.megatron.names import plan
 from swift.parallel.megatron.policy import MegatronPolicy
 from swift.parallel.megatron.refuse import refuse
-from swift.parallel.megatron.settings import Settings, read_settings
 from swift.parallel.mesh import Sizes
 from swift.parallel.world import World, add
 
@@ -246,14 +245,6 @@ class Megatron:
                 f"Megatron-Core's GPTModel computes something else than transformers: log-probabilities differ by {difference:.2g}",
                 hint="train it by --strategy fsdp2",
             )
-
-
-def describe(model: Any, names: Any, *, tp: int = 1) -> tuple[Settings, Any]:
-    """(Megatron's settings, what each of its tensors is made of) for the transformers ``model``, whose tensors ``names`` are."""
-    config = model.config.get_text_config()
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
-    entries = plan(names, num_experts=experts, is_tied=bool(config.tie_word_embeddings))
-    return read_settings(config.to_dict(), entries, tp=tp), entries
 
 
 def _decay_matrices(optimizer: Optimizer) -> None:
