@@ -42,7 +42,6 @@ INERT = {
     "no_save_rng": "true",
     "save_safetensors": "true",
     "load_safetensors": "true",
-    "padding_free": "false",
     "calculate_per_token_loss": "true",
 }
 REFUSED = {
@@ -52,7 +51,7 @@ REFUSED = {
     "mcore_model": ("none", "training starts from safetensors, which swift export --to_hf true makes of Megatron's checkpoint"),
     "mcore_adapter": ("none", "training starts from safetensors"),
 }
-# How Megatron-LM's trainer goes about its work; nothing that is computed depends on it.
+# How Megatron-LM's and ms-swift's trainers go about their work; the numbers that are trained do not depend on it.
 TRAINERS_OWN = (
     "use_distributed_optimizer",
     "overlap_grad_reduce",
@@ -62,6 +61,7 @@ TRAINERS_OWN = (
     "cross_entropy_fusion_impl",
     "align_param_gather",
     "manual_gc",
+    "padding_free",
     "async_save",
 )
 # Fields of TransformerConfig that follow from the model, from an option, or from how a step is divided.
@@ -117,7 +117,7 @@ def translate(words: Sequence[str], *, world_size: int = 1) -> list[str]:
             if value.lower() != REFUSED[name][0]:
                 raise ConfigError(f"option --{name} is not available: {REFUSED[name][1]}", hint="remove it")
         elif name in TRAINERS_OWN:
-            console.notice(f"--{name} is for Megatron-LM's own trainer; nothing depends on it here")
+            console.notice(f"--{name} says how Megatron-LM's own trainer works; nothing depends on it here")
         elif name == "lr_decay_style":
             if value not in DECAY:
                 raise ConfigError(f"--lr_decay_style does not know {value!r}", hint=f"choose from: {', '.join(DECAY)}")
@@ -131,8 +131,7 @@ def translate(words: Sequence[str], *, world_size: int = 1) -> list[str]:
                 raise ConfigError(f"--{origin[new]} and --{name} say the same", hint="keep one")
             out[new], origin[new] = values, name
     if extra:
-        text = (out.pop("megatron_extra_kwargs", None) or ["{}"])[0]
-        out["megatron_extra_kwargs"] = [json.dumps(json.loads(text) | extra)]
+        out["megatron_extra_kwargs"] = [json.dumps(_json_object(out.get("megatron_extra_kwargs")) | extra)]
     if "min_lr" in said and (lowest := _number(said, "min_lr", float)) > 0:
         if said.get("lr_decay_style", ["cosine"]) != ["cosine"]:
             raise ConfigError("--min_lr is for --lr_decay_style cosine", hint="remove one of them")
@@ -143,9 +142,20 @@ def translate(words: Sequence[str], *, world_size: int = 1) -> list[str]:
     return [word for name, values in out.items() for word in (f"--{name}", *values)]
 
 
+def _json_object(values: Sequence[str] | None) -> dict[str, Any]:
+    """What --megatron_extra_kwargs says itself."""
+    text = (values or ["{}"])[0]
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"--megatron_extra_kwargs takes a JSON object, not {text!r}")
+    return found
+
+
 def _accumulation(said: dict[str, list[str]], world_size: int) -> int:
     """Forward passes a step: the global batch divided by the rows that all data parallel processes take at once."""
-
     total, micro = _number(said, "global_batch_size", int), _number(said, "micro_batch_size", int)
     tp, pp = _number(said, "tensor_model_parallel_size", int), _number(said, "pipeline_model_parallel_size", int)
     copies = world_size // max(tp * pp, 1)
