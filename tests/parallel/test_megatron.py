@@ -12,6 +12,7 @@ import transformers
 import swift.api
 import swift.cli
 import swift.train.run
+from swift.errors import CheckpointError
 from swift.parallel.megatron import package
 from swift.parallel.megatron.convert import Converter
 from swift.parallel.megatron.model import Layout
@@ -60,6 +61,16 @@ def rows(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    with path.open("w") as file:
+        for number in range(16):
+            row = {"query": f"question {number}", "response": "snow " * (1 + number % 5), "rejected_response": f"rain {number}"}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
 def train(model, rows, out, options, *, command="sft"):
     """(logged numbers, the last checkpoint, shapes of what this process has) of a run."""
     shapes = {}
@@ -87,13 +98,22 @@ QKV, EXPERT = "chunks.0.decoder.layers.{}.self_attention.linear_qkv.weight", "ch
 # (model, options, parameters that a process has of it with their shapes, parameters that it has not)
 CASES = {
     "tp": (
-        "qwen2",
+        "tied",
         {**SHARED, "tensor_model_parallel_size": 2},
-        # 4 heads and 2 x 2 of keys and values, of 8 numbers; gate and up of 48; 320 tokens, to a multiple of 128
-        {QKV.format(1): (32, 32), "chunks.0.decoder.layers.0.mlp.linear_fc1.weight": (48, 32), "chunks.0.output_layer.weight": (192, 32)},
+        # Half of 4 heads and 2 x 2 of keys and values, of 8 numbers; of gate and up of 48; of 320 tokens, to a multiple of 128.
+        {
+            QKV.format(1): (32, 32),
+            "chunks.0.decoder.layers.0.mlp.linear_fc1.weight": (48, 32),
+            "chunks.0.embedding.word_embeddings.weight": (192, 32),
+        },
         (),
     ),
-    "dp": ("tied", {**DEALT}, {QKV.format(3): (64, 32)}, ()),
+    "biased": (
+        "qwen2",
+        {**SHARED, "tensor_model_parallel_size": 2},
+        {QKV.format(1).replace("weight", "bias"): (32,), "chunks.0.output_layer.weight": (192, 32)},
+        (),
+    ),
     "pp": ("tied", {**SHARED, "pipeline_model_parallel_size": 2}, {QKV.format(1): (64, 32)}, (QKV.format(2),)),
     "vpp": (
         "tied",
@@ -127,66 +147,87 @@ def same(found, wanted):
         assert line == pytest.approx(expected, rel=2e-4, abs=2e-6), (found, wanted)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_train_as_one(models, rows, alone, tmp_path, name):
-    family, options, present, absent = CASES[name]
-    wanted, checkpoint, _ = alone[family]
-    results = run_ranks(2, train, models[family], rows, tmp_path, {**options, "strategy": "megatron"})
-    for found, _, shapes in results:
-        same(found, wanted)
-        assert {name: shapes.get(name) for name in present} == present
-        assert not set(absent) & set(shapes)
-    torch.testing.assert_close(logits(results[0][1]), logits(checkpoint), rtol=1e-3, atol=1e-3)
+@pytest.fixture(scope="module")
+def mcore(models, tmp_path_factory):
+    """Checkpoints of Megatron's, made of the models, and what was made of them again."""
+    folder = tmp_path_factory.mktemp("mcore")
+    run_ranks(1, convert, models, folder)
+    return folder
 
 
-def test_a_run_goes_on_in_another_layout(models, rows, alone, tmp_path):
-    options = {**SHARED, "strategy": "megatron", "tensor_model_parallel_size": 2, "save_steps": 2, "save_total_limit": 2}
-    run_ranks(2, train, models["tied"], rows, tmp_path / "first", options)
-    run = {**options, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2}
-    run |= {"resume_from_checkpoint": str(tmp_path / "first" / "checkpoint-2"), "output_dir": str(tmp_path / "second")}
-    for found, _, _ in run_ranks(2, train, models["tied"], rows, tmp_path / "second", run):
-        same(found, alone["tied"][0])
+def convert(models, folder):
+    for family in CONVERTED:
+        swift.cli.run(shlex.split(f"export --model {models[family]} --to_mcore true --output_dir {folder / family} --quant_eval_samples 1"))
+        swift.cli.run(shlex.split(f"export --mcore_model {folder / family} --to_hf true --output_dir {folder / family}-hf"))
 
 
-def test_pairs_are_compared_by_megatron_as_by_one_process(models, tmp_path):
-    pairs = tmp_path / "pairs.jsonl"
-    with pairs.open("w") as file:
-        for number in range(16):
-            row = {"query": f"question {number}", "response": "snow " * (1 + number % 5), "rejected_response": f"rain {number}"}
-            file.write(json.dumps(row) + "\n")
-    wanted, _, _ = train(models["tied"], pairs, tmp_path / "one", SHARED, command="rlhf")
-    options = {**SHARED, "strategy": "megatron", "pipeline_model_parallel_size": 2}
-    for found, _, _ in run_ranks(2, compare, models["tied"], pairs, tmp_path / "two", options):
-        same(found, wanted)
+# How two processes read it, and the numbers that each has then: of a stage two layers of 7,744, the embedding of 384 rows, and in
+# the last the final norm; of experts all 43,456 (with two matrices of 384 rows) but 2 of 4 experts of 1,536 in both layers.
+CONVERTED = {"tied": (Layout(pp=2), [27776, 27808]), "experts": (Layout(ep=2), [37312, 37312])}
 
 
-def compare(*arguments):
-    return train(*arguments, command="rlhf")
+@pytest.fixture(scope="module")
+def two(models, rows, pairs, mcore, tmp_path_factory):
+    """What each of two processes says of every run, by its name."""
+    return run_ranks(2, every, models, rows, pairs, mcore, tmp_path_factory.mktemp("two"), deadline_s=400)
 
 
-def export(command):
-    swift.cli.run(shlex.split(command))
+def every(models, rows, pairs, mcore, out):
+    with join(torch.device("cpu")):
+        found = {}
+        for name, (family, options, _, _) in CASES.items():
+            more = {"save_steps": 2} if name == "tp" else {}
+            found[name] = train(models[family], rows, out / name, {**options, **more, "strategy": "megatron"})
+        on = {**CASES["pp"][1], "strategy": "megatron", "tensor_model_parallel_size": 1}
+        found["resumed"] = train(models["tied"], rows, out / "on", {**on, "resume_from_checkpoint": str(out / "tp" / "checkpoint-2")})
+        found["pairs"] = train(models["tied"], pairs, out / "pairs", on, command="rlhf")
+        for family, (layout, _) in CONVERTED.items():
+            found[f"read {family}"] = read_in_parts(mcore / family, models[family], layout)
+    return found
 
 
 def read_in_parts(folder, model, layout):
     """({name: whole tensor} in the main process, numbers that this one has) of a checkpoint that two processes read."""
-    with join(torch.device("cpu")):
-        converter = Converter(transformers.AutoModelForCausalLM.from_pretrained(model), torch.float32, layout)
-        converter.load(folder)
-        return converter.give(), sum(parameter.numel() for parameter in converter.chunk.parameters())
+    converter = Converter(transformers.AutoModelForCausalLM.from_pretrained(model), torch.float32, layout)
+    converter.load(folder)
+    return converter.give(), sum(parameter.numel() for parameter in converter.chunk.parameters())
 
 
-@pytest.mark.parametrize("family", ["tied", "experts"])
-def test_a_model_becomes_a_checkpoint_of_megatron_and_comes_back(models, tmp_path, family):
-    model, mcore, back = models[family], tmp_path / "mcore", tmp_path / "back"
-    run_ranks(1, export, f"export --model {model} --to_mcore true --output_dir {mcore} --quant_eval_samples 1")
-    assert json.loads((mcore / "release" / "metadata.json").read_text())["sharded_backend"] == "torch_dist"
-    original = transformers.AutoModelForCausalLM.from_pretrained(model)
-    layout = Layout(ep=2) if family == "experts" else Layout(pp=2)
-    (found, some), (_, others) = run_ranks(2, read_in_parts, mcore, model, layout)
-    tensors = original.state_dict()
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_as_one(two, alone, name):
+    family, _, present, absent = CASES[name]
+    wanted, checkpoint, _ = alone[family]
+    for result in two:
+        found, saved, shapes = result[name]
+        same(found, wanted)
+        if result is two[0]:
+            assert {name: shapes.get(name) for name in present} == present
+            assert not set(absent) & set(shapes)
+            torch.testing.assert_close(logits(saved), logits(checkpoint), rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_goes_on_in_another_layout(two, alone):
+    for result in two:
+        same(result["resumed"][0], alone["tied"][0])
+
+
+def test_pairs_are_compared_by_megatron_as_by_one_process(two, models, pairs, tmp_path):
+    wanted, _, _ = train(models["tied"], pairs, tmp_path, SHARED, command="rlhf")
+    for result in two:
+        same(result["pairs"][0], wanted)
+
+
+@pytest.mark.parametrize("family", CONVERTED)
+def test_a_model_becomes_a_checkpoint_of_megatron_and_comes_back(two, models, mcore, family):
+    assert json.loads((mcore / family / "release" / "metadata.json").read_text())["sharded_backend"] == "torch_dist"
+    tensors = transformers.AutoModelForCausalLM.from_pretrained(models[family]).state_dict()
+    (found, _), _ = (result[f"read {family}"] for result in two)
+    assert [result[f"read {family}"][1] for result in two] == CONVERTED[family][1]
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in found.items())
     assert set(tensors) - set(found) <= {"lm_head.weight"}
-    assert max(some, others) < 0.9 * sum(tensor.numel() for tensor in found.values())
-    run_ranks(1, export, f"export --mcore_model {mcore} --to_hf true --output_dir {back}")
-    torch.testing.assert_close(logits(back), logits(model), rtol=0, atol=0)
+    torch.testing.assert_close(logits(f"{mcore / family}-hf"), logits(models[family]), rtol=0, atol=0)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(models):
+    with pytest.raises(CheckpointError, match="is no distributed checkpoint of Megatron-Core"):
+        swift.cli.run(["export", "--mcore_model", str(models["tied"]), "--to_hf", "true"])

@@ -41,6 +41,7 @@ class Converter:
         with on_cpu(), package.quiet():
             self.config = transformer_config(self.settings, layout, device=CPU, dtype=dtype, extra={})
             (self.chunk,) = build_chunks(self.settings, self.config, groups, layout)
+        self.chunk.to(dtype)  # torch's norms are made in float32
         self.bridge = Bridge([self.chunk], entries, self.settings.dims, groups)
 
     def take(self, state_dict: dict[str, Tensor]) -> None:
@@ -112,7 +113,9 @@ def _in_process() -> Any:
     """Megatron-Core's way to save, with torch's writer."""
     strategies = package.part("dist_checkpointing.strategies.torch")
 
-    class InProcess(strategies.TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    base: Any = strategies.TorchDistSaveShardedStrategy
+
+    class InProcess(base):
         def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
             from torch.distributed.checkpoint.state_dict_saver import save
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from swift.parallel.megatron import package
+
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
@@ -14,12 +16,10 @@ def on_cpu() -> Iterator[None]:
     Its schedules name the device "cuda", its layers ask torch.cuda for the current one, and dropout draws from a state of
     CUDA's generator: that becomes the CPU's generator, the same in all processes. Nothing is changed where there is CUDA.
     """
-    from megatron.core.tensor_parallel import random as megatron_random
-    from megatron.core.transformer.moe import moe_utils
-
     if torch.cuda.is_available():
         yield
         return
+    megatron_random, moe_utils = package.part("tensor_parallel.random"), package.part("transformer.moe.moe_utils")
 
     def here(make: Any) -> Any:
         return lambda *sizes, **options: make(*sizes, **(options | {"device": "cpu"} if options.get("device") == "cuda" else options))
@@ -31,6 +31,9 @@ def on_cpu() -> Iterator[None]:
         (torch.cuda, "synchronize", lambda *_: None),
         (torch.Tensor, "cuda", lambda tensor, *_, **__: tensor),
         (megatron_random.CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext()),
+        # What is computed again draws from the CPU's generator, whose state Megatron-Core puts back beside that of CUDA.
+        (megatron_random, "_get_cuda_rng_state", lambda **_: None),
+        (megatron_random, "_set_cuda_rng_state", lambda *_, **__: None),
     ]
     if not hasattr(moe_utils, "te_general_gemm"):  # megatron-core 0.16 reads it without Transformer Engine too
         changes.append((moe_utils, "te_general_gemm", None))
@@ -39,7 +42,8 @@ def on_cpu() -> Iterator[None]:
     for owner, name, value in changes:
         setattr(owner, name, value)
     try:
-        yield
+        with package.quiet():  # of speed on CUDA
+            yield
     finally:
         for owner, name, value in kept:
             if value is missing:

@@ -48,8 +48,11 @@ class Layout:
                 raise ConfigError(f"--{option} {size}{also} does not divide the model's {value} {name}", hint="choose a divisor")
         if self.ep > 1 and "num_moe_experts" not in known:
             raise ConfigError(f"--expert_model_parallel_size {self.ep}: the model has no experts", hint="remove it")
-        if self.vpp > 1 and self.pp == 1:
-            raise ConfigError("--virtual_pipeline_model_parallel_size needs --pipeline_model_parallel_size", hint="say both, or none")
+        if self.tp > 1 and "num_moe_experts" in known and not self.shares_tokens:
+            raise ConfigError(
+                f"--tensor_model_parallel_size {self.tp}: Megatron-Core trains a model with experts so with --sequence_parallel true alone",
+                hint="say it where there is Transformer Engine, or use --expert_model_parallel_size",
+            )
 
 
 def join_groups(layout: Layout, device: torch.device, *, timeout_minutes: int = 30) -> Any:

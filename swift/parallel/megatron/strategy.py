@@ -79,7 +79,7 @@ class Megatron:
             if self.device.type == "cuda":
                 package.part("tensor_parallel").model_parallel_cuda_manual_seed(torch.initial_seed() % 2**31)
             chunks = build_chunks(self.settings, self.transformer, self.groups, self.layout)
-        self.model = Holder(chunks, model).to(self.device)
+        self.model = Holder(chunks, model).to(self.device, self.transformer.params_dtype)  # torch's norms are made in float32
         self.bridge = Bridge(chunks, entries, self.settings.dims, self.groups)
         self.split = self.bridge.split()
         self.bridge.load(state_dict.__getitem__)
@@ -239,7 +239,8 @@ class Megatron:
                 num_tokens=ids.shape[1],
             )
             found = -self._alone(batch.to(self.device)).to(wanted)
-        if not is_close(found, wanted):
+        dtype = self.transformer.params_dtype
+        if not is_close(found.to(dtype), wanted.to(dtype)):
             difference = float((found - wanted).abs().max())
             raise ModelError(
                 f"Megatron-Core's GPTModel computes something else than transformers: log-probabilities differ by {difference:.2g}",
