@@ -11,6 +11,7 @@ import torch
 from swift.config.commands import RlhfConfig, SftConfig
 from swift.config.optim import BITSANDBYTES
 from swift.errors import ConfigError
+from swift.model.policy import Policy
 from swift.parallel import STRATEGIES
 from swift.parallel.mesh import Mesh, Sizes, sizes_of
 from swift.parallel.pipeline.run import Pipeline
@@ -166,6 +167,13 @@ def make_strategy(
             split=_split(config, mesh, device, dtype, tokens, is_flat) if mesh.size("pp") > 1 else None,
         )
     return STRATEGIES.get(arrangement.strategy)(config, world, device, dtype)
+
+
+def make_policy(strategy: Any, model: Any, config: SftConfig) -> Any:
+    """What objectives see of ``model``; a strategy whose model is another library's has a policy of its own."""
+    if hasattr(strategy, "make_policy"):
+        return strategy.make_policy(model)
+    return Policy(model, router_aux_loss_coef=config.router_aux_loss_coef, call=strategy.call)
 
 
 def _split(

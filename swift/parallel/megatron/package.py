@@ -31,9 +31,5 @@ def quiet_logs() -> None:
 
 
 def has_transformer_engine() -> bool:
-    """Whether the layers for CUDA are installed, which Megatron-Core's own are replaced by."""
-    with contextlib.suppress(ImportError, OSError), quiet():
-        import transformer_engine.pytorch  # noqa: F401
-
-        return True
-    return False
+    """Whether Megatron-Core has found the package whose layers for CUDA it puts in the place of its own."""
+    return bool(part("models.gpt.gpt_layer_specs").HAVE_TE)
