@@ -6,14 +6,20 @@ import warnings
 from typing import Any
 
 from swift.deps import require
+from swift.errors import DependencyError, first_line
 
 _LOGGERS = ("megatron.core", "megatron")
 
 
 def part(name: str) -> Any:
-    """The module ``name`` of megatron.core. DependencyError if the package is not installed."""
-    with quiet():
-        return require(f"megatron.core.{name}" if name else "megatron.core", extra="megatron")
+    """The module ``name`` of megatron.core. DependencyError if the package, or another one that it needs, is not installed."""
+    try:
+        with quiet():
+            return require(f"megatron.core.{name}", extra="megatron")
+    except ImportError as problem:
+        raise DependencyError(
+            f"Megatron-Core cannot be imported: {first_line(problem)}", hint="pip install 'swift-llm[megatron]'"
+        ) from None
 
 
 @contextlib.contextmanager
