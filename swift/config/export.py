@@ -7,7 +7,7 @@ from swift.config.model import ModelConfig
 from swift.config.options import Config, opt
 from swift.errors import ConfigError
 
-TARGETS = ("gguf", "ollama", "onnx", "openvino", "tensorrt", "tensorrt_llm")
+TARGETS = ("gguf", "ollama", "onnx", "openvino", "tensorrt", "tensorrt_llm", "mcore")
 GGUF_TYPES = (
     "f32",
     "f16",
@@ -34,6 +34,10 @@ FORMATS = {
     "int8": ("compressed-tensors",),
     "bnb": ("bnb",),
 }
+READ_BY_TO_HF = (
+    *("to_hf", "mcore_model", "model", "model_revision", "use_hf", "hub_token", "offline"),
+    *("torch_dtype", "output_dir", "exist_ok", "max_shard_size"),
+)
 BNB_OPTIONS = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
 
@@ -103,6 +107,9 @@ class ExportFormatConfig(Config):
 
     to: str | None = opt(None, f"what is written: {', '.join(TARGETS)}, or what a plug-in brings")
     to_ollama: bool = opt(False, "the same as --to ollama")
+    to_mcore: bool = opt(False, "the same as --to mcore: a checkpoint that Megatron-LM trains on")
+    to_hf: bool = opt(False, "make safetensors of the Megatron checkpoint that --mcore_model names")
+    mcore_model: str | None = opt(None, "with --to_hf: folder of a distributed checkpoint (torch_dist) of Megatron-Core")
     gguf_type: str = opt("f16", "number format of a GGUF file; names with k need the extra llamacpp", choices=GGUF_TYPES)
     onnx_layout: str = opt(
         "transformers",
@@ -172,7 +179,7 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
     @property
     def takes_torch_dtype(self) -> bool:
         """Whether --torch_dtype says which numbers are written; other formats have an option of their own."""
-        return self.to not in TARGETS or self.to == "tensorrt_llm"
+        return self.to not in TARGETS or self.to in ("tensorrt_llm", "mcore")
 
     @property
     def calibrates(self) -> bool:
@@ -185,6 +192,13 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
             if self.to not in (None, "ollama"):
                 raise ConfigError(f"--to {self.to} and --to_ollama true ask for two things", hint="remove one of them")
             self.derive("to", "ollama", "--to_ollama is given")
+        if self.to_mcore:
+            if self.to not in (None, "mcore"):
+                raise ConfigError(f"--to {self.to} and --to_mcore true ask for two things", hint="remove one of them")
+            self.derive("to", "mcore", "--to_mcore is given")
+        if self.to_hf or self.mcore_model is not None:
+            self._check_to_hf()
+            return
         if self.to is not None and self.quant_method is not None:
             raise ConfigError(
                 f"--to {self.to} and --quant_method {self.quant_method} ask for two things",
@@ -199,6 +213,17 @@ class ExportConfig(PushConfig, ExportFormatConfig, QuantizeOptions, CalibrationC
         self._check_format()
         self._check_quantization()
         self._check_calibration()
+
+    def _check_to_hf(self) -> None:
+        """A checkpoint of Megatron's is all that is read, and safetensors are all that is written."""
+        if not self.to_hf:
+            raise ConfigError("--mcore_model is what --to_hf true reads", hint="say --to_hf true")
+        if self.mcore_model is None:
+            raise ConfigError("--to_hf true needs --mcore_model", hint="say --mcore_model FOLDER, a checkpoint of Megatron-Core")
+        read = set(READ_BY_TO_HF)
+        self.refuse_without_effect([name for name in type(self).__dataclass_fields__ if name not in read], "with --to_hf true")
+        if not _is_size(self.max_shard_size):
+            raise ConfigError(f"--max_shard_size takes a size such as 5GB, not {self.max_shard_size!r}")
 
     def _check_source(self) -> None:
         if not self.safe_serialization:

@@ -3,24 +3,23 @@
 import itertools
 from dataclasses import dataclass
 
-from swift.config.options import Config, opt
+from swift.config.megatron import MegatronConfig
+from swift.config.options import opt
 from swift.errors import ConfigError
 
-STRATEGIES = ("single", "ddp", "fsdp2", "deepspeed")
-REFUSED = {"megatron": "training by Megatron-Core is not built yet; tensor, pipeline and expert parallelism are"}
+STRATEGIES = ("single", "ddp", "fsdp2", "deepspeed", "megatron")
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
 
 
 @dataclass(kw_only=True)
-class ParallelConfig(Config):
+class ParallelConfig(MegatronConfig):
     """Several processes."""
 
     strategy: str | None = opt(
         None,
-        "what each process holds: all (single, ddp), a part of weights, gradients and optimizer (fsdp2), or as deepspeed has it; "
-        "by default fsdp2 with --fsdp, deepspeed with --deepspeed, else ddp where there are several processes",
+        "what each process holds: all (single, ddp), a part of weights, gradients and optimizer (fsdp2), or as deepspeed or megatron "
+        "has it; by default fsdp2 with --fsdp, deepspeed with --deepspeed, else ddp where there are several processes",
         choices=STRATEGIES,
-        refused=REFUSED,
     )
     fsdp: str | None = opt(
         None, "shard weights, gradients and optimizer over the processes: fsdp2; as Hugging Face has it also full_shard and offload"
@@ -64,6 +63,8 @@ class ParallelConfig(Config):
             self.refuse_without_effect(("fsdp_cpu_offload", "fsdp_reshard_after_forward", "async_save"), "without --fsdp fsdp2")
         if self.sequence_parallel_size == 1:
             self.refuse_without_effect(("sequence_parallel_kind",), "without --sequence_parallel_size")
+        if self.strategy == "megatron":
+            self._read_megatron_schedule()
         if self.pipeline_model_parallel_size == 1:
             self.refuse_without_effect(("pipeline_schedule",), "without --pipeline_model_parallel_size")
         if self.pipeline_schedule == "interleaved" and self.virtual_pipeline_model_parallel_size == 1:
@@ -73,6 +74,15 @@ class ParallelConfig(Config):
             )
         if self.pipeline_schedule != "interleaved":
             self.refuse_without_effect(("virtual_pipeline_model_parallel_size",), "without --pipeline_schedule interleaved")
+        self.check_megatron(self.strategy)
+
+    def _read_megatron_schedule(self) -> None:
+        """Megatron-Core's schedule follows from the number of runs of blocks."""
+        if self.pipeline_schedule == "gpipe":
+            raise ConfigError("--pipeline_schedule gpipe: Megatron-Core has 1f1b and interleaved", hint="remove it")
+        virtual = self.virtual_pipeline_model_parallel_size
+        if virtual > 1 and self.pipeline_model_parallel_size > 1 and not self.said("pipeline_schedule"):
+            self.derive("pipeline_schedule", "interleaved", f"--virtual_pipeline_model_parallel_size {virtual}")
 
     def _read_fsdp(self) -> None:
         """``--fsdp`` in the words of Hugging Face: full_shard, shard_grad_op, offload, auto_wrap; "fsdp2" is ms-swift's."""

@@ -9,6 +9,7 @@ EXPORTERS = Registry(
         "ollama": "swift.export.ollama",
         "onnx": "swift.export.onnx",
         "openvino": "swift.export.openvino",
+        "mcore": "swift.export.mcore",
         "tensorrt": "swift.export.tensorrt",
         "tensorrt_llm": "swift.export.tensorrt_llm",
     },

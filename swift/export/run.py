@@ -29,6 +29,10 @@ def run_export(config: ExportConfig) -> Path:
         check_push(config)
     if config.uploads_only:
         return upload_as_it_is(config)
+    if config.to_hf:
+        from swift.export.mcore import to_hf
+
+        return to_hf(config, output_folder(config))
     target = _merge(config) if config.merges_only else _export(config)
     if config.push_to_hub:
         push(target, config)
@@ -42,6 +46,8 @@ def output_folder(config: ExportConfig) -> Path:
         return path if path.name not in ("", "..") else path.resolve()  # what is written meanwhile has names beside it
     if config.adapters:
         place = adapter_folder(config.adapters[0]).absolute()
+    elif config.mcore_model:
+        place = Path(config.mcore_model).expanduser().absolute()
     else:
         named = Path(model_reference(config.model or ""))
         place = named.resolve() if named.is_dir() else Path(Path(str(config.model).rpartition("::")[2]).name.partition("@")[0])
@@ -49,6 +55,8 @@ def output_folder(config: ExportConfig) -> Path:
 
 
 def _kind(config: ExportConfig) -> str:
+    if config.to_hf:
+        return "hf"
     if config.quant_method is None:
         return config.to or "merged"
     method = config.quant_format if config.quant_format == "gptq_v2" else config.quant_method

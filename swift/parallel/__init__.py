@@ -9,6 +9,7 @@ STRATEGIES = Registry(
         "ddp": "swift.parallel.spread:Spread",
         "fsdp2": "swift.parallel.spread:Spread",
         "deepspeed": "swift.parallel.deepspeed.strategy:DeepSpeed",
+        "megatron": "swift.parallel.megatron.strategy:Megatron",
     },
     group="swift.strategy",
 )

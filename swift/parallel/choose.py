@@ -11,6 +11,7 @@ import torch
 from swift.config.commands import RlhfConfig, SftConfig
 from swift.config.optim import BITSANDBYTES
 from swift.errors import ConfigError
+from swift.model.policy import Policy
 from swift.parallel import STRATEGIES
 from swift.parallel.mesh import Mesh, Sizes, sizes_of
 from swift.parallel.pipeline.run import Pipeline
@@ -47,7 +48,7 @@ class Arrangement:
     @property
     def is_sharded(self) -> bool:
         """Whether no process holds all weights."""
-        return self.strategy in ("fsdp2", "deepspeed") or self.sizes.tp > 1 or self.sizes.pp > 1 or self.experts > 1
+        return self.strategy in ("fsdp2", "deepspeed", "megatron") or self.sizes.tp > 1 or self.sizes.pp > 1 or self.experts > 1
 
 
 def arrange(config: SftConfig, world: World) -> Arrangement:
@@ -72,7 +73,7 @@ def arrange(config: SftConfig, world: World) -> Arrangement:
             hint="NPROC_PER_NODE=2 swift sft ..., torchrun, or swift launch start them",
         )
     _refuse_products(found)
-    if sizes.pp > 1 and isinstance(config, RlhfConfig):
+    if sizes.pp > 1 and isinstance(config, RlhfConfig) and found.strategy != "megatron":
         raise ConfigError(
             f"--rlhf_type {config.rlhf_type} and --pipeline_model_parallel_size {sizes.pp} cannot be combined: stages have no reference",
             hint="use --tensor_model_parallel_size or --fsdp fsdp2",
@@ -85,7 +86,9 @@ def arrange(config: SftConfig, world: World) -> Arrangement:
 
 
 def _refuse_products(found: Arrangement) -> None:
-    """ConfigError for ways to spread a model that do not go together."""
+    """ConfigError for ways to spread a model that do not go together. Megatron-Core has rules of its own."""
+    if found.strategy == "megatron":
+        return
     sizes, experts = found.sizes, f"--expert_model_parallel_size {found.experts}"
     apart = (
         (found.experts > 1 and found.strategy != "ddp", experts, f"--strategy {found.strategy}", "use --strategy ddp"),
@@ -164,6 +167,13 @@ def make_strategy(
             split=_split(config, mesh, device, dtype, tokens, is_flat) if mesh.size("pp") > 1 else None,
         )
     return STRATEGIES.get(arrangement.strategy)(config, world, device, dtype)
+
+
+def make_policy(strategy: Any, model: Any, config: SftConfig) -> Any:
+    """What objectives see of ``model``; a strategy whose model is another library's has a policy of its own."""
+    if hasattr(strategy, "make_policy"):
+        return strategy.make_policy(model)
+    return Policy(model, router_aux_loss_coef=config.router_aux_loss_coef, call=strategy.call)
 
 
 def _split(

@@ -23,9 +23,9 @@ from swift.model.checkpoints import adapter_folder, model_reference
 from swift.model.device import choose_device
 from swift.model.load import Loaded
 from swift.model.norms import use_lean_norms
-from swift.model.policy import Policy, probe_ids
+from swift.model.policy import probe_ids
 from swift.model.tokenizer import pad_token_id
-from swift.parallel.choose import Arrangement, arrange, make_strategy
+from swift.parallel.choose import Arrangement, arrange, make_policy, make_strategy
 from swift.parallel.world import World, join
 from swift.train import checkpoint as checkpoints
 from swift.train import reference as references
@@ -145,7 +145,7 @@ class Session:
             self.tuner.load(model, resume_from)
         optimizer = functools.partial(make_optimizer, config=config, lorap_lr_ratio=config.lorap_lr_ratio)
         self.model, self.optimizer = self.strategy.prepare(model, optimizer)
-        self.policy = Policy(self.model, router_aux_loss_coef=config.router_aux_loss_coef, call=self.strategy.call)
+        self.policy = make_policy(self.strategy, self.model, config)
         self.reference = references.make_reference(config, self.policy, second, self.device)
         self.schedule = make_schedule(self.optimizer, config, steps.total)
         self.state = TrainState(max_steps=steps.total, readers=steps.cutting.readers, units_per_step=steps.cutting.units_per_step)

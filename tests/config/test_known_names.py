@@ -68,7 +68,7 @@ def test_accepted_values_are_spelled_in_lower_case():
     assert spelled == {value.lower() for value in spelled}
 
 
-@pytest.mark.parametrize("command", ["app", "web-ui", "web_ui", "sample", "rollout", "megatron"])
+@pytest.mark.parametrize("command", ["app", "web-ui", "web_ui", "sample", "rollout"])
 def test_an_ms_swift_command_that_is_not_built_says_so(command):
     assert "built" in (compat.refused_command(command) or "")
 
@@ -92,7 +92,7 @@ def test_dashes_equal_underscores():
         ("predict_with_generate", "false"),
         ("predict_with_generate", False),
         ("predict_with_generate", "False"),
-        ("sequence_parallel", "false"),
+        ("tp", "1"),
         ("label_smoothing_factor", "0.0"),
         ("callbacks", []),
         ("model_kwargs", "{}"),

@@ -1,0 +1,1 @@
+"""Training by Megatron-Core: weights both ways, its model, its schedules behind our contract."""

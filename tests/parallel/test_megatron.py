@@ -1,0 +1,233 @@
+"""Training by Megatron-Core is training in one process: the same losses, norms and checkpoints, of parts that are really parts."""
+
+import json
+import shlex
+
+import matplotlib
+import matplotlib.pyplot
+import pytest
+import torch
+import transformers
+
+import swift.api
+import swift.cli
+import swift.train.run
+from swift.errors import CheckpointError
+from swift.parallel.megatron import package
+from swift.parallel.megatron.convert import Converter
+from swift.parallel.megatron.model import Layout
+from swift.parallel.megatron.strategy import Megatron
+from swift.parallel.world import join
+from tests.families import build
+from tests.ranks import run_ranks
+from tests.tiny import make_tokenizer
+
+# What each forked process would import by itself.
+PREPARED = (matplotlib.pyplot, swift.train.run)
+pytestmark = pytest.mark.multi
+KEYS = ("loss", "grad_norm", "eval_loss", "token_acc", "eval_token_acc", "rewards/margins")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """Once, rather than in each process that is forked."""
+    for name in ("parallel_state", "models.gpt.gpt_layer_specs", "models.gpt.gpt_model", "pipeline_parallel", "tensor_parallel"):
+        package.part(name)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder for each family, with the tokenizer of the tests."""
+
+    def make(family, **options):
+        path = tmp_path_factory.mktemp(family)
+        tokenizer = make_tokenizer(path)
+        build(family, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **options).save_pretrained(path)
+        return path
+
+    return {
+        "tied": make("llama", num_hidden_layers=4, tie_word_embeddings=True),
+        "qwen2": make("qwen2"),
+        "experts": make("qwen3_moe"),
+    }
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with path.open("w") as file:
+        for number in range(16):
+            file.write(json.dumps({"query": f"question {number}", "response": "snow " * (1 + number % 5)}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    with path.open("w") as file:
+        for number in range(16):
+            row = {"query": f"question {number}", "response": "snow " * (1 + number % 5), "rejected_response": f"rain {number}"}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def train(model, rows, out, options, *, command="sft"):
+    """(logged numbers, the last checkpoint, shapes of what this process has) of a run."""
+    shapes = {}
+    prepare = Megatron.prepare
+
+    def seen(strategy, *arguments):
+        model, optimizer = prepare(strategy, *arguments)
+        shapes.update({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+        return model, optimizer
+
+    Megatron.prepare = seen
+    common = dict(add_version=False, report_to="none", max_steps=3, learning_rate=1e-3, logging_steps=1, report_samples=0, eval_steps=3)
+    common |= dict(padding_free=False, tuner_type="full", per_device_train_batch_size=1, split_dataset_ratio=0.2)
+    try:
+        given = {"output_dir": str(out), "model": str(model), "dataset": str(rows), **common, **options}
+        result = getattr(swift.api, command)(**given)
+    finally:
+        Megatron.prepare = prepare
+    lines = [{key: line[key] for key in KEYS if key in line} for line in result.state.log_history]
+    return lines, str(result.checkpoint), shapes
+
+
+SHARED, DEALT = {"gradient_accumulation_steps": 6}, {"gradient_accumulation_steps": 3}  # both see the same rows, or not
+QKV, EXPERT = "chunks.0.decoder.layers.{}.self_attention.linear_qkv.weight", "chunks.0.decoder.layers.0.mlp.experts.local_experts.{}."
+# (model, options, parameters that a process has of it with their shapes, parameters that it has not)
+CASES = {
+    "tp": (
+        "tied",
+        {**SHARED, "tensor_model_parallel_size": 2},
+        # Half of 4 heads and 2 x 2 of keys and values, of 8 numbers; of gate and up of 48; of 320 tokens, to a multiple of 128.
+        {
+            QKV.format(1): (32, 32),
+            "chunks.0.decoder.layers.0.mlp.linear_fc1.weight": (48, 32),
+            "chunks.0.embedding.word_embeddings.weight": (192, 32),
+        },
+        (),
+    ),
+    "biased": (
+        "qwen2",
+        {**SHARED, "tensor_model_parallel_size": 2},
+        {QKV.format(1).replace("weight", "bias"): (32,), "chunks.0.output_layer.weight": (192, 32)},
+        (),
+    ),
+    "pp": ("tied", {**SHARED, "pipeline_model_parallel_size": 2}, {QKV.format(1): (64, 32)}, (QKV.format(2),)),
+    "vpp": (
+        "tied",
+        {**SHARED, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        {QKV.format(0): (64, 32), QKV.format(0).replace("chunks.0", "chunks.1"): (64, 32)},
+        (QKV.format(1),),
+    ),
+    "ep": (
+        "experts",
+        {**DEALT, "expert_model_parallel_size": 2},
+        {EXPERT.format(1) + "linear_fc1.weight": (32, 32)},
+        (EXPERT.format(2) + "linear_fc1.weight",),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(models, rows, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    return {name: train(path, rows, out / name, SHARED) for name, path in models.items()}
+
+
+def logits(path):
+    with torch.no_grad():
+        return transformers.AutoModelForCausalLM.from_pretrained(path).eval()(input_ids=torch.arange(4, 24)[None]).logits
+
+
+def same(found, wanted):
+    assert len(found) == len(wanted)
+    for line, expected in zip(found, wanted, strict=True):
+        assert line == pytest.approx(expected, rel=2e-4, abs=2e-6), (found, wanted)
+
+
+@pytest.fixture(scope="module")
+def mcore(models, tmp_path_factory):
+    """Checkpoints of Megatron's, made of the models, and what was made of them again."""
+    folder = tmp_path_factory.mktemp("mcore")
+    run_ranks(1, convert, models, folder)
+    return folder
+
+
+def convert(models, folder):
+    for family in CONVERTED:
+        swift.cli.run(shlex.split(f"export --model {models[family]} --to_mcore true --output_dir {folder / family} --quant_eval_samples 1"))
+        swift.cli.run(shlex.split(f"export --mcore_model {folder / family} --to_hf true --output_dir {folder / family}-hf"))
+
+
+# How two processes read it, and the numbers that each has then: of a stage two layers of 7,744, the embedding of 384 rows, and in
+# the last the final norm; of experts all 43,456 (with two matrices of 384 rows) but 2 of 4 experts of 1,536 in both layers.
+CONVERTED = {"tied": (Layout(pp=2), [27776, 27808]), "experts": (Layout(ep=2), [37312, 37312])}
+
+
+@pytest.fixture(scope="module")
+def two(models, rows, pairs, mcore, tmp_path_factory):
+    """What each of two processes says of every run, by its name."""
+    return run_ranks(2, every, models, rows, pairs, mcore, tmp_path_factory.mktemp("two"), deadline_s=400)
+
+
+def every(models, rows, pairs, mcore, out):
+    with join(torch.device("cpu")):
+        found = {}
+        for name, (family, options, _, _) in CASES.items():
+            more = {"save_steps": 2} if name == "tp" else {}
+            found[name] = train(models[family], rows, out / name, {**options, **more, "strategy": "megatron"})
+        on = {**CASES["pp"][1], "strategy": "megatron", "tensor_model_parallel_size": 1}
+        found["resumed"] = train(models["tied"], rows, out / "on", {**on, "resume_from_checkpoint": str(out / "tp" / "checkpoint-2")})
+        found["pairs"] = train(models["tied"], pairs, out / "pairs", on, command="rlhf")
+        for family, (layout, _) in CONVERTED.items():
+            found[f"read {family}"] = read_in_parts(mcore / family, models[family], layout)
+    return found
+
+
+def read_in_parts(folder, model, layout):
+    """({name: whole tensor} in the main process, numbers that this one has) of a checkpoint that two processes read."""
+    converter = Converter(transformers.AutoModelForCausalLM.from_pretrained(model), torch.float32, layout)
+    converter.load(folder)
+    return converter.give(), sum(parameter.numel() for parameter in converter.chunk.parameters())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_as_one(two, alone, name):
+    family, _, present, absent = CASES[name]
+    wanted, checkpoint, _ = alone[family]
+    for result in two:
+        found, saved, shapes = result[name]
+        same(found, wanted)
+        if result is two[0]:
+            assert {name: shapes.get(name) for name in present} == present
+            assert not set(absent) & set(shapes)
+            torch.testing.assert_close(logits(saved), logits(checkpoint), rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_goes_on_in_another_layout(two, alone):
+    for result in two:
+        same(result["resumed"][0], alone["tied"][0])
+
+
+def test_pairs_are_compared_by_megatron_as_by_one_process(two, models, pairs, tmp_path):
+    wanted, _, _ = train(models["tied"], pairs, tmp_path, SHARED, command="rlhf")
+    for result in two:
+        same(result["pairs"][0], wanted)
+
+
+@pytest.mark.parametrize("family", CONVERTED)
+def test_a_model_becomes_a_checkpoint_of_megatron_and_comes_back(two, models, mcore, family):
+    assert json.loads((mcore / family / "release" / "metadata.json").read_text())["sharded_backend"] == "torch_dist"
+    tensors = transformers.AutoModelForCausalLM.from_pretrained(models[family]).state_dict()
+    (found, _), _ = (result[f"read {family}"] for result in two)
+    assert [result[f"read {family}"][1] for result in two] == CONVERTED[family][1]
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in found.items())
+    assert set(tensors) - set(found) <= {"lm_head.weight"}
+    torch.testing.assert_close(logits(f"{mcore / family}-hf"), logits(models[family]), rtol=0, atol=0)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(models):
+    with pytest.raises(CheckpointError, match="is no distributed checkpoint of Megatron-Core"):
+        swift.cli.run(["export", "--mcore_model", str(models["tied"]), "--to_hf", "true"])
