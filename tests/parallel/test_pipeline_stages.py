@@ -45,6 +45,7 @@ def test_stages_one_after_the_other_are_the_model(family, options, beside):
         stages = Stages(part, observe(part), HALVES, rank, 2)
         held.append({parameter_name for parameter_name, _ in part.named_parameters()})
         assert len(stages.local_blocks) == 2
+        assert Policy(part).has_own_head == Policy(model).has_own_head  # of opt it cannot be told apart, of a part as of the whole
         with stages.seen_whole():
             shapes = {name: parameter.shape for name, parameter in part.named_parameters(remove_duplicate=False)}
             assert shapes == {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}

@@ -51,17 +51,23 @@ class Gap(nn.Module):
 
 
 class StandIn(nn.Module):
-    """Stands where an embedding, a norm or a head is not: gives something of the right shape, from next to no memory."""
+    """Stands where an embedding, a norm or a head is not: gives something of the right shape.
+
+    Before the blocks each token gets another pattern along the width: of constants, and of multiples of one pattern, a norm
+    makes the same, and what is the same everywhere passes any trial. After them it takes next to no memory, as logits would.
+    """
 
     unit: Tensor
+    along_D: Tensor
 
-    def __init__(self, module: nn.Module, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, width: int, dtype: torch.dtype, *, is_before: bool) -> None:
         super().__init__()
         self.width, self.dtype = width, dtype
         weight = getattr(module, "weight", None)
         self._shape = tuple(weight.shape) if isinstance(weight, Tensor) else (width,)
         like = next(module.parameters())
         self.register_buffer("unit", torch.ones((), dtype=like.dtype, device=like.device), persistent=False)
+        self.register_buffer("along_D", torch.arange(width if is_before else 1, device=like.device) % 7, persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -70,8 +76,11 @@ class StandIn(nn.Module):
 
     def forward(self, inputs: Tensor, *_: Any, **__: Any) -> Tensor:
         if not inputs.is_floating_point():
-            inputs = (inputs % 5 + 1).to(self.dtype)[..., None]
-        return inputs if inputs.shape[-1] == self.width else inputs[..., :1].expand(*inputs.shape[:-1], self.width)
+            inputs = (inputs % 5)[..., None]
+        elif inputs.shape[-1] == self.width:
+            return inputs
+        given = ((inputs[..., :1] + self.along_D) % 7).to(self.dtype)
+        return given.expand(*given.shape[:-1], self.width)
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class Side:
     def stand_in(self) -> StandIn:
         module = self.parent._modules[self.name]
         assert module is not None
-        return StandIn(module, self.width, self.dtype)
+        return StandIn(module, self.width, self.dtype, is_before=self.is_before)
 
 
 @dataclass(frozen=True)
