@@ -42,8 +42,8 @@ class Arrangement:
         return rank // (self.sizes.cp * self.sizes.tp) % self.sizes.dp
 
     def stream(self, rank: int) -> int:
-        """The random numbers that the process ``rank`` draws: processes that share a layer drop the same activations."""
-        return rank // self.sizes.tp % (self.sizes.dp * self.sizes.cp)
+        """The random numbers that the process ``rank`` draws: processes that share a layer drop the same activations, no others do."""
+        return rank // self.sizes.tp
 
     @property
     def is_sharded(self) -> bool:
