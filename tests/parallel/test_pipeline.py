@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from swift.config.parallel import ParallelConfig
 from swift.data.collate import flat_batches, padded_batch
@@ -288,6 +289,19 @@ class Twice:
         return Sft().loss_sum(policy, reference, batch)
 
 
+class Calls(TorchDispatchMode):
+    """The names of what is called of torch.distributed, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function).startswith("c10d."):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 def _refused(mesh):
     model = copy.deepcopy(model_of("llama", layers=4, tied=True, tuner="full"))
     parts, problems = batches("padded", 2), []
@@ -299,7 +313,10 @@ def _refused(mesh):
 
     cut = functools.partial(split, model, mesh.group("pp"), CPU, tokens=16, is_flat=False)
     told(cut, virtual=3)
-    pipeline = cut(costs=even(4))
+    with Calls() as calls:
+        pipeline = cut(costs=even(4))
+    # Before two processes of a group speak to each other alone, all of it have met, as NCCL asks for.
+    assert [name.partition(".default")[0] for name in calls.names] == ["c10d.allreduce_"]
     run = functools.partial(pipeline.accumulate, Single(CPU))
     told(run, Policy(model), Sft(), Policy(model), parts, 1.0)
     told(run, Policy(model, router_aux_loss_coef=0.1), Sft(), None, parts, 1.0)

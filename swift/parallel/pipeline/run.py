@@ -63,6 +63,8 @@ class Pipeline:
         self.peak_alive = 0  # micro-batches whose activations were kept at once, at most
         self._tables: dict[tuple[str, int], Table] = {}
         self._has_warned = False
+        # NCCL connects a group in its first call, to which all of it must come, and transfers are between two of it alone.
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     @property
     def is_last(self) -> bool:
