@@ -45,14 +45,31 @@ class FullTuner:
             first = str(problem).splitlines()[1].strip()
             raise CheckpointError(f"{path}: the weights do not fit this model: {first}") from None
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        missing = [name for name in outcome.missing_keys if name not in tied]
-        if missing or outcome.unexpected_keys:
-            raise CheckpointError(f"{path}: the weights do not fit this model, see {(missing + list(outcome.unexpected_keys))[0]}")
+        other = [name for name in outcome.missing_keys if name not in tied] + list(outcome.unexpected_keys)
+        if other:
+            model.load_state_dict(_as_modules_have_it(model, path, other[0]))
         model.tie_weights()
 
     def attach(self, model: Any, optimizer: Optimizer, step: Callable[[], int]) -> None:
         if self.config.lisa_activated_layers:
             train_layers_in_turn(model, optimizer, self.config, step)
+
+
+def _as_modules_have_it(model: Any, path: Path, other: str) -> dict[str, Any]:
+    """The state in ``path``, whose files have other names than modules, as of experts that lie in one tensor. CheckpointError,
+    with ``other``, a name that did not fit, if transformers finds no more in it."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    problem = f"{path}: the weights do not fit this model, see {other}"
+    try:
+        found, report = type(model).from_pretrained(path, dtype=model.dtype, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as cause:
+        raise CheckpointError(problem) from cause
+    if report["missing_keys"] or report["unexpected_keys"]:
+        raise CheckpointError(problem)
+    state: dict[str, Any] = found.state_dict()
+    return state
 
 
 def _matches(name: str, prefixes: list[str], pattern: str | None) -> bool:

@@ -19,9 +19,11 @@ from transformers import (
 )
 
 from swift.config.tuner import TunerConfig
-from swift.errors import ConfigError
+from swift.errors import CheckpointError, ConfigError
+from swift.tuner.full import FullTuner
 from swift.tuner.lisa import drawn_layers
 from swift.tuner.llamapro import LlamaProTuner, places_of_new_layers
+from tests.families import build
 from tests.tuner.conftest import logits, plain, tune
 
 LISA = {"tuner_type": "full", "learning_rate": 1e-3, "lisa_activated_layers": 1, "lisa_step_interval": 2}
@@ -137,3 +139,12 @@ def test_a_model_whose_new_layers_would_change_it_is_refused():
     config = MixtralConfig(**SIZES, intermediate_size=64, num_key_value_heads=2, num_local_experts=4, bos_token_id=1, eos_token_id=2)
     with pytest.raises(ConfigError, match="new layers would change it"):
         LlamaProTuner().apply(MixtralForCausalLM(config), TunerConfig(tuner_type="llamapro", llamapro_num_new_blocks=2))
+
+
+def test_weights_whose_files_have_other_names_than_modules_are_read_back(tmp_path):
+    saved, model = build("qwen3_moe"), build("qwen3_moe", std=0.01)
+    saved.save_pretrained(tmp_path)  # an expert at a time, as on the hub; modules have all experts of a layer in one tensor
+    FullTuner().load(model, tmp_path)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in saved.state_dict().items())
+    with pytest.raises(CheckpointError, match="the weights do not fit this model, see model"):
+        FullTuner().load(build("mixtral"), tmp_path)
