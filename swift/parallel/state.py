@@ -64,7 +64,7 @@ def save(
 def load(path: Path, model: Any, optimizer: Optimizer, world: World, device: torch.device, *, scale: Any = None) -> None:
     """Put what ``save`` wrote, on whatever number of processes, into ``optimizer``. CheckpointError if it does not fit."""
     try:
-        scaler = _load_file(path, optimizer, device) if path.is_file() else _load_parts(folder_of(path), model, optimizer, world)
+        scaler = _load_file(path, model, optimizer, device) if path.is_file() else _load_parts(folder_of(path), model, optimizer, world)
     except (OSError, KeyError, ValueError, RuntimeError) as problem:
         raise CheckpointError(f"{path}: the optimizer state cannot be read: {str(problem).splitlines()[0]}") from None
     if scale is not None:
@@ -82,25 +82,29 @@ def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
-def _load_file(path: Path, optimizer: Optimizer, device: torch.device) -> dict[str, Any]:
+def _load_file(path: Path, model: Any, optimizer: Optimizer, device: torch.device) -> dict[str, Any]:
     """The state of the loss scale; that of the optimizer is put in."""
     saved = torch.load(path, map_location=device, weights_only=True)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not any(isinstance(parameter, DTensor) for parameter in parameters):
         optimizer.load_state_dict(saved["optimizer"])
         return dict(saved["scaler"])
-    numbers = [number for group in saved["optimizer"]["param_groups"] for number in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=True):
-        own = saved["optimizer"]["state"].get(number)
-        if own is not None:
-            optimizer.state[parameter] = {key: _like(value, parameter) for key, value in own.items()}
+    for saved_group in saved["optimizer"]["param_groups"]:
+        alike = {parameter for group in optimizer.param_groups if group["kind"] == saved_group["kind"] for parameter in group["params"]}
+        ordered = [parameter for parameter in model.parameters() if parameter in alike]  # as in a group of one process
+        for number, parameter in zip(saved_group["params"], ordered, strict=True):
+            own = saved["optimizer"]["state"].get(number)
+            if own is not None:
+                optimizer.state[parameter] = {key: _like(value, parameter) for key, value in own.items()}
     _put_settings(optimizer, saved["optimizer"]["param_groups"])
     return dict(saved["scaler"])
 
 
 def _put_settings(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
-    for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        group |= {name: value for name, value in saved.items() if name != "params"}
+    """Each group gets what was saved of those of its kind; how many there are of a kind depends on how parameters are spread."""
+    kinds = {saved["kind"]: saved for saved in groups}
+    for group in optimizer.param_groups:
+        group |= {name: value for name, value in kinds[group["kind"]].items() if name != "params"}
 
 
 def _like(value: Any, parameter: Tensor) -> Any:

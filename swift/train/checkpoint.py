@@ -130,7 +130,16 @@ def check_resumable(path: Path) -> TrainState:
 def load_optimizer(path: Path, *, strategy: Strategy, schedule: Any) -> None:
     """Put the state of ``path`` into optimizer and schedule; the model has its weights before it is spread."""
     strategy.load(path / OPTIMIZER_FILE)
-    schedule.load_state_dict(torch.load(path / SCHEDULE_FILE, weights_only=True))
+    schedule.load_state_dict(_of_groups(torch.load(path / SCHEDULE_FILE, weights_only=True), schedule.optimizer))
+
+
+def _of_groups(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """``state`` of a schedule, for the groups of ``optimizer``, whose state is there: their number depends on how weights are spread."""
+    if "lr_lambdas" not in state:
+        return state
+    groups = optimizer.param_groups
+    rates = {"base_lrs": [group["initial_lr"] for group in groups], "_last_lr": [group["lr"] for group in groups]}
+    return state | rates | {"lr_lambdas": state["lr_lambdas"][:1] * len(groups)}
 
 
 def prune(run: RunDirectory, keep: int, *, best_step: int | None) -> None:

@@ -55,17 +55,18 @@ def parameter_groups(model: Any, config: StepsConfig, lorap_lr_ratio: float | No
         for name, _ in module.named_parameters(recurse=False)
         if name == "bias" or isinstance(module, nn.LayerNorm) or "norm" in type(module).__name__.lower()
     }
-    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, Any], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and (only is None or name in only):
             is_fast = lorap_lr_ratio is not None and ("lora_B" in name or "lora_embedding_B" in name)
-            # Optimizers step a group at once, and cannot do so with tensors that other processes share and with those that none does.
-            groups.setdefault((name not in undecayed, is_fast, hasattr(parameter, "placements")), []).append(parameter)
+            # Optimizers step a group at once, and cannot do so with tensors that are spread over other processes, or over none.
+            groups.setdefault((name not in undecayed, is_fast, getattr(parameter, "device_mesh", None)), []).append(parameter)
     rate = config.learning_rate
     assert rate is not None
     return [
         {
             "params": parameters,
+            "kind": f"{'decayed' if is_decayed else 'undecayed'}{', fast' if is_fast else ''}",  # the same, however they are spread
             "weight_decay": config.weight_decay if is_decayed else 0.0,
             "lr": rate * (lorap_lr_ratio or 1.0) if is_fast else rate,
         }
