@@ -22,6 +22,7 @@ def total_norm(gradients: Iterable[Tensor], device: torch.device, groups: Sequen
     as stages of a pipeline do.
     """
     squares: dict[tuple[Any, ...], Tensor] = {}
+    names: dict[tuple[Any, ...], tuple[str, ...]] = {}
     for gradient in gradients:
         axes: tuple[Any, ...] = ()
         if isinstance(gradient, DTensor):
@@ -29,15 +30,15 @@ def total_norm(gradients: Iterable[Tensor], device: torch.device, groups: Sequen
                 gradient = gradient.redistribute(
                     placements=[Replicate() if placement.is_partial() else placement for placement in gradient.placements]
                 )
-            axes = tuple(
-                gradient.device_mesh.get_group(axis) for axis, placement in enumerate(gradient.placements) if _is_sharded(placement)
-            )
+            mesh, cut = gradient.device_mesh, [axis for axis, placement in enumerate(gradient.placements) if _is_sharded(placement)]
+            axes = tuple(mesh.get_group(axis) for axis in cut)
+            names[axes] = tuple((mesh.mesh_dim_names or ())[axis] for axis in cut)
         own = local(gradient)
         square = torch.linalg.vector_norm(own, dtype=torch.float32).double() ** 2 if own.numel() else torch.zeros((), dtype=torch.float64)
         squares[axes] = squares[axes] + square.to(device) if axes in squares else square.to(device)
-    names = sorted(squares, key=lambda axes: [group.group_name for group in axes])
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for axes in names:
+    # The same order in all processes, lest two wait for each other: names of groups, unlike those of axes, are not the same.
+    for axes in sorted(squares, key=lambda axes: names.get(axes, ())):
         for group in axes:
             dist.all_reduce(squares[axes], group=group)
         total += squares[axes]
