@@ -91,7 +91,7 @@ def _refuse_products(found: Arrangement) -> None:
         return
     sizes, experts = found.sizes, f"--expert_model_parallel_size {found.experts}"
     apart = (
-        (found.experts > 1 and found.strategy != "ddp", experts, f"--strategy {found.strategy}", "use --strategy ddp"),
+        (found.experts > 1 and found.strategy == "deepspeed", experts, "--strategy deepspeed", "use --strategy ddp or fsdp2"),
         (found.experts > 1 and sizes.tp > 1, experts, f"--tensor_model_parallel_size {sizes.tp}", "keep one"),
         (found.experts > 1 and sizes.pp > 1, experts, f"--pipeline_model_parallel_size {sizes.pp}", "keep one"),
         (

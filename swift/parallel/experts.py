@@ -74,9 +74,14 @@ def use_expert_parallel(model: Any, mesh: DeviceMesh) -> None:
         )
 
 
+def expert_layers(model: nn.Module) -> list[Any]:
+    """The modules of whose experts ``use_expert_parallel`` has left this process some."""
+    return [layer for _, layer in _layers(model) if hasattr(layer, "expert_mesh")]
+
+
 def expert_parameters(model: nn.Module) -> set[str]:
     """Names, as in ``model.named_parameters()``, of what ``use_expert_parallel`` has cut."""
-    cut = {id(parameter) for _, layer in _layers(model) if hasattr(layer, "expert_mesh") for parameter in _own(layer).values()}
+    cut = {id(parameter) for layer in expert_layers(model) for parameter in _own(layer).values()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in cut}
 
 

@@ -16,7 +16,7 @@ from swift.model.batch import Batch
 from swift.objectives.base import Objective
 from swift.parallel import state, tensor
 from swift.parallel.base import Sums, accumulate, evaluate
-from swift.parallel.experts import expert_meshes, expert_parameters, use_expert_parallel
+from swift.parallel.experts import expert_layers, expert_meshes, expert_parameters, use_expert_parallel
 from swift.parallel.gradients import local, scale, total_norm
 from swift.parallel.mesh import Mesh
 from swift.parallel.pipeline.run import Pipeline
@@ -85,6 +85,8 @@ class Spread:
                 model,
                 blocks,
                 self.mesh.data,
+                experts=expert_layers(model),
+                expert_mesh=own_data,
                 param_dtype=self._param_dtype(model),
                 cpu_offload=self.cpu_offload,
                 reshard_after_forward=self.reshard_after_forward,

@@ -148,12 +148,23 @@ def test_experts_in_several_processes_are_those_of_one(rows, tmp_path):
     options = {"tuner_type": "full"}
     one = train(tmp_path / "model", rows, tmp_path / "one", gradient_accumulation_steps=4, **options)
     several = {**options, "expert_model_parallel_size": 2, "gradient_accumulation_steps": 1}
-    for result in run_ranks(4, _train, (tmp_path / "model", rows, tmp_path / "four", several)):
-        assert result["held"]["weights"] == _bytes(tmp_path / "model") - experts / 2
-        for found, wanted in zip(result["lines"], one["lines"], strict=True):
-            for key in {"loss", "grad_norm", "eval_loss"} & wanted.keys():
-                assert found[key] == pytest.approx(wanted[key], rel=1e-4), key
-    assert differs(weights(tmp_path / "four", 4), weights(tmp_path / "one", 4)) < 5e-4
+    whole = _bytes(tmp_path / "model")
+    # As copies each process has half of the experts, and the rest; in parts a quarter of all.
+    for name, more, held in (("copies", {}, whole - experts / 2), ("parts", {"fsdp": "fsdp2"}, whole / 4)):
+        if name == "copies":  # they go on with what one process has begun
+            shutil.copytree(tmp_path / "one", tmp_path / name)
+            shutil.rmtree(tmp_path / name / "checkpoint-4")
+            more = {"resume_from_checkpoint": str(tmp_path / name)}
+        for result in run_ranks(4, _train, (tmp_path / "model", rows, tmp_path / name, several | more)):
+            assert result["held"]["weights"] == held
+            for found, wanted in zip(result["lines"], one["lines"], strict=True):
+                for key in {"loss", "grad_norm", "eval_loss"} & wanted.keys():
+                    assert found[key] == pytest.approx(wanted[key], rel=1e-4), key
+        assert differs(weights(tmp_path / name, 4), weights(tmp_path / "one", 4)) < 5e-4
+    shutil.rmtree(tmp_path / "parts/checkpoint-4")
+    alone = {**options, "gradient_accumulation_steps": 4, "resume_from_checkpoint": str(tmp_path / "parts")}
+    train(tmp_path / "model", rows, tmp_path / "parts", **alone)
+    assert differs(weights(tmp_path / "parts", 4), weights(tmp_path / "one", 4)) < 5e-4
 
 
 def test_weights_of_four_bits_are_sharded_too(rows, tmp_path):
@@ -180,7 +191,7 @@ def test_weights_of_four_bits_are_sharded_too(rows, tmp_path):
         ({"tensor_model_parallel_size": 3}, "--tensor_model_parallel_size 3 needs a multiple of 3 processes, and there are 2"),
         ({"strategy": "single"}, "--strategy single is for one process, and there are 2"),
         ({"eval_dataset": ["mmlu"], "fsdp": "fsdp2"}, "--eval_dataset and --strategy fsdp2 cannot be combined"),
-        ({"sequence_parallel_size": 2, "expert_model_parallel_size": 2, "fsdp": "fsdp2"}, "--expert_model_parallel_size 2 and --strategy"),
+        ({"expert_model_parallel_size": 2, "deepspeed": "zero2"}, "--expert_model_parallel_size 2 and --strategy deepspeed cannot"),
         ({"tensor_model_parallel_size": 2, "quant_bits": 4}, "--quant_method bnb and --tensor_model_parallel_size 2 cannot be combined"),
     ],
 )
