@@ -1,5 +1,7 @@
 """Experts in parts, whose tokens come and go, are the experts of one process."""
 
+import functools
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,6 +16,8 @@ from swift.model.policy import Policy, packing_fault
 from swift.objectives.sft import Sft
 from swift.parallel.experts import expert_meshes, expert_parameters, use_expert_parallel
 from swift.parallel.mesh import Mesh, sizes_of
+from swift.parallel.pipeline.costs import Costs
+from swift.parallel.pipeline.split import split as cut_in_stages
 from swift.parallel.sequence import make_share, split, use_sequence_parallel
 from swift.parallel.single import Single
 from swift.parallel.spread import Spread
@@ -157,19 +161,21 @@ def on_four():
         worst = deviation(whole, part, *batches, same)
         several = (
             in_shards(world, "qwen3_moe"),
+            in_shards(world, "mixtral", pp=2),
             in_shards(world, "gpt_oss", cp=2, cpu_offload=True, num_local_experts=2, num_experts_per_tok=2),
         )
         return worst, dist.get_process_group_ranks(expert.get_group()), shapes(whole, part), several
 
 
-def in_shards(world, family, *, cp=1, cpu_offload=False, **options):
+def in_shards(world, family, *, cp=1, pp=1, cpu_offload=False, **options):
     """A step of FSDP2 with experts in two processes: (largest deviation from one process, bytes held here, shapes of the first experts)."""
-    mesh = Mesh(sizes_of(world.size, cp=cp), "cpu")
+    mesh = Mesh(sizes_of(world.size, cp=cp, pp=pp), "cpu")
     whole, part = pair(family, **options)
     batches = [flat_batch([row]) for row in rows(4)]
-    coefficient = {"router_aux_loss_coef": 0.02}
+    coefficient = {"router_aux_loss_coef": 0.02 if pp == 1 else 0.0}
     one, shares = Single(CPU), {"shards": True, "experts": 2, "cpu_offload": cpu_offload}
-    several = Spread(world, mesh, CPU, sequence_kind="ring" if cp > 1 else None, **shares)
+    cut = functools.partial(cut_in_stages, group=mesh.group("pp"), device=CPU, tokens=16, is_flat=True, costs=Costs([1.0, 1.0], 0.0, 0.0))
+    several = Spread(world, mesh, CPU, sequence_kind="ring" if cp > 1 else None, split=cut if pp > 1 else None, **shares)
     # In groups as training has them: the optimizer steps a group at once.
     config = SftConfig(optim="adamw_torch", learning_rate=1.0)
     make = lambda model: torch.optim.SGD([{**group, "lr": 0.5} for group in parameter_groups(model, config, None)], foreach=True)  # noqa: E731
@@ -181,13 +187,14 @@ def in_shards(world, family, *, cp=1, cpu_offload=False, **options):
         named = {name: parameter.grad for name, parameter in model.named_parameters()}
         gradients.append({name: each.full_tensor() if isinstance(each, DTensor) else each.clone() for name, each in named.items()})
         norms.append(strategy.clip_and_step(1.0)[0])
-    sizes = [max(float(each.abs().max()), 1e-2) for each in gradients[0].values()]
-    apart = [float((gradients[1][name] - each).abs().max()) for name, each in gradients[0].items()]
+    sizes = [max(float(gradients[0][name].abs().max()), 1e-2) for name in gradients[1]]
+    apart = [float((each - gradients[0][name]).abs().max()) for name, each in gradients[1].items()]
     worst = max(abs(losses[1] / losses[0] - 1), abs(norms[1] / norms[0] - 1), *(a / b for a, b in zip(apart, sizes, strict=True)))
     state = several.whole(part)
     worst = max([worst, *(float((tensor - whole.state_dict()[name]).abs().max()) for name, tensor in state.items())])
     assert bool(state) == world.is_main
-    own = {name: tuple(each.to_local().shape) for name, each in part.named_parameters() if "layers.0." in name and ".experts." in name}
+    at = f".{mesh.rank('pp')}."
+    own = {name: tuple(each.to_local().shape) for name, each in part.named_parameters() if at in name and ".experts." in name}
     share = several.local_bytes()["weights"] / sum(4 * parameter.numel() for parameter in whole.parameters())
     return worst, share, list(own.values())
 
@@ -226,9 +233,10 @@ def test_groups_of_processes_have_the_same_experts():
     assert [ranks for _, ranks, _, _ in results] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert all(worst < TOLERANCE for worst, _, _, _ in results)
     assert {own for _, _, shapes, _ in results for _, own in shapes.values()} == {(2, 32, 16), (2, 32, 32)}
-    for *_, (qwen, oss) in results:
+    for *_, (qwen, stages, oss) in results:
         # Each process holds a quarter of everything. One expert for two processes is cut along its second dimension.
         assert qwen == (pytest.approx(0, abs=TOLERANCE), 0.25, [(1, 32, 32), (1, 32, 16)])
+        assert stages == (pytest.approx(0, abs=TOLERANCE), pytest.approx(0.25, rel=0.01), [(2, 96, 32), (2, 32, 48)])
         assert oss == (pytest.approx(0, abs=TOLERANCE), pytest.approx(0.25, rel=0.01), [(1, 16, 96), (1, 48), (1, 24, 32), (1, 16)])
 
 
