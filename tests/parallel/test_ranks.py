@@ -87,7 +87,7 @@ FULL = {
     "tp": (2, {"tensor_model_parallel_size": 2}, 1 / 2, 1 / 2),
     "tp x dp": (4, {"tensor_model_parallel_size": 2, "padding_free": False}, 1 / 2, 1 / 2),
     "tp x fsdp2": (4, {"tensor_model_parallel_size": 2, "fsdp": "fsdp2"}, 1 / 4, 1 / 4),
-    "cp": (2, {"sequence_parallel_size": 2}, 1, 1),
+    "tp x cp": (4, {"tensor_model_parallel_size": 2, "sequence_parallel_size": 2}, 1 / 2, 1 / 2),
     "ring x fsdp2": (4, {"sequence_parallel_size": 2, "sequence_parallel_kind": "ring", "fsdp": "fsdp2"}, 1 / 4, 1 / 4),
     "pp x dp": (4, {"pipeline_model_parallel_size": 2}, None, None),
 }
