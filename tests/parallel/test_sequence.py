@@ -10,10 +10,14 @@ from swift.errors import ConfigError
 from swift.model.attention import packed_attention
 from swift.model.layout import Layout
 from swift.model.policy import Policy, packing_fault
+from swift.objectives.sft import Sft
+from swift.parallel.mesh import Mesh, sizes_of
 from swift.parallel.sequence import PartPolicy, make_share, split, tiles, use_sequence_parallel
 from swift.parallel.sequence.ring import ring_attention
 from swift.parallel.sequence.split import part_layout
-from swift.parallel.world import join
+from swift.parallel.single import Single
+from swift.parallel.spread import Spread
+from swift.parallel.world import World, join
 from tests.families import build
 from tests.model.test_policy import examples
 from tests.parallel.traffic import Sent, kept_bytes
@@ -106,6 +110,7 @@ def on_two(families):
         found["bent"] = bent()
         found["refused"] = refusals()
         found["rounded"] = rounded()
+        found["early"] = early()
         return found
 
 
@@ -163,6 +168,18 @@ def refusals():
         "dropout": refusal(use_sequence_parallel, dropping, ring),
         "heads": refusal(make_share, build("gpt_oss", num_attention_heads=3, num_key_value_heads=3).config, group, "ulysses"),
     }
+
+
+def early():
+    """The norm of gradients that are sent while the last backward pass goes on, less that of one process; a root comes last of all."""
+    norms = []
+    for strategy in (Single(CPU), Spread(World(), Mesh(sizes_of(2, cp=2), "cpu"), CPU, shards=False)):
+        model = build("llama")
+        assert packing_fault(model) is None
+        model, _ = strategy.prepare(model, lambda model: torch.optim.SGD(model.parameters(), lr=0.0))
+        strategy.accumulate(Policy(model), Sft(), None, BATCHES["root"](), 1.0)
+        norms.append(strategy.clip_and_step(0.0)[0])
+    return abs(norms[1] / norms[0] - 1)
 
 
 def rounded():
@@ -275,6 +292,10 @@ def test_four_parts_have_the_loss_and_gradients_of_the_whole(four, how, shared):
 def test_objectives_may_see_whole_batches_and_losses(two):
     for result in two:
         assert max(result["bent"]) < TOLERANCE
+
+
+def test_gradients_go_out_when_those_of_the_root_are_there(two):
+    assert all(result["early"] < TOLERANCE for result in two)
 
 
 def test_scores_round_a_ring_are_not_rounded(two):
