@@ -80,7 +80,7 @@ def make_objective(config: SftConfig) -> Objective:
     if not isinstance(config, RlhfConfig):
         objective: Objective = OBJECTIVES.get("sft")()
         return objective
-    assert config.beta is not None
+    assert config.beta is not None and config.loss_type is not None
     objective = OBJECTIVES.get(config.rlhf_type)(
         loss_type=config.loss_type,
         loss_weights=config.loss_weights,

@@ -175,7 +175,9 @@ def test_a_start_that_changes_the_base_is_compared_with_the_model_that_was_loade
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "--loss_weights has 1 values for 2 losses"),
         ({"loss_type": ["sigmoid", "sigmoid"]}, "--loss_type sigmoid sigmoid: name each loss once"),
         ({"loss_type": ["ipo"], "label_smoothing": 0.1}, "--label_smoothing has no effect with --loss_type ipo"),
-        ({"loss_type": ["robust"], "label_smoothing": 0.5}, "--label_smoothing 0.5: the loss robust needs less than 0.5"),
+        ({"loss_type": ["robust"], "label_smoothing": 0.5}, "--label_smoothing 0.5: from 0.5 on the rejected answer would be preferred"),
+        ({"label_smoothing": 0.9}, "--label_smoothing 0.9: from 0.5 on the rejected answer would be preferred"),
+        ({"ld_alpha": 0.5}, "option --ld_alpha is not available: the losses of pairs weigh every token of an answer alike"),
         ({"loss_type": ["exo_pair"]}, "--label_smoothing 0: the loss exo_pair needs more than 0"),
         ({"discopop_tau": 0.1}, "--discopop_tau has no effect without --loss_type discopop"),
         ({"beta": 0.0}, "--beta takes at least 1e-06"),
@@ -193,6 +195,15 @@ def test_wrong_options_end_in_one_line(train, options, message):
         train(**options)
     assert caught.value.message.startswith(message)
     assert "\n" not in caught.value.message
+
+
+def test_the_loss_of_pairs_is_no_option_of_other_training(train, tiny_model, rows):
+    """ms-swift's default, none, says nothing; the default of swift rlhf would not be computed."""
+    common = {"model": str(tiny_model), "dataset": str(rows), "dry_run": True}
+    assert sft(**common, loss_type=None) is None
+    with pytest.raises(ConfigError, match="option --loss_type has no effect here"):
+        sft(**common, loss_type=["sigmoid"])
+    assert train(loss_type=None, dry_run=True) is None
 
 
 def test_a_reference_with_other_tokens_is_refused(train, tmp_path):
