@@ -147,6 +147,21 @@ def test_what_the_reference_says_is_computed_once(train, pairs, monkeypatch, cac
     np.testing.assert_allclose(np.load(damaged), kept, rtol=1e-5)
 
 
+def test_equal_weights_under_another_config_are_another_reference(tiny_model, tmp_path):
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    from swift.train.reference import digest_of
+
+    copies = [shutil.copytree(tiny_model, tmp_path / name) for name in ("same", "other")]
+    config = json.loads((copies[1] / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] *= 10  # no weight of it
+    (copies[1] / "config.json").write_text(json.dumps(config))
+    first, same, other = (digest_of(AutoModelForCausalLM.from_pretrained(path)) for path in (tiny_model, *copies))
+    assert first == same != other
+
+
 def test_an_adapter_goes_on_from_itself(train, tiny_model, rows, tmp_path):
     """--adapters and --ref_adapters of one run: the first loss is log 2, which it is not beside the bare model."""
     common = dict(model=str(tiny_model), report_to="none", add_version=False, report_samples=0)
