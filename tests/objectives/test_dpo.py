@@ -172,3 +172,18 @@ def test_the_reference_has_no_gradient_and_leaves_the_mode_as_it_was(models):
     assert not reference.logps(flat_batch(examples())).requires_grad
     assert reference.policy.model.training
     assert torch.is_grad_enabled()
+
+
+def test_the_reference_drops_nothing_while_the_policy_does(models):
+    policy, _ = models
+    layers, batch = policy.model.model.layers, padded_batch(examples(), pad_token_id=3)
+    wanted = policy.logps(batch)
+    for layer in layers:
+        layer.self_attn.attention_dropout = 0.5
+    policy.model.train()
+    found, trained = Frozen(policy).logps(batch), policy.logps(batch)
+    policy.model.eval()
+    for layer in layers:
+        layer.self_attn.attention_dropout = 0.0
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(trained, wanted, atol=1e-2)
