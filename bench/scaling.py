@@ -13,7 +13,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
     },
 }
-# float32 weights that compute in bfloat16; frozen weights in 16 or 4 bits under an adapter of 0.5 % of their number.
+# float32 weights that compute in bfloat16; frozen weights in 16 or 4 bits (embedding and head in 16) under an adapter of
+# 0.5 % of their number.
 TUNERS = {
     "full": {"weight_bytes": 4.0, "trained": 1.0},
     "lora": {"weight_bytes": 2.0, "trained": 0.005},
-    "qlora": {"weight_bytes": 0.52, "travel_bytes": 0.52, "trained": 0.005},
+    "qlora": {"weight_bytes": 0.52, "travel_bytes": 0.52, "outside_bytes": 2.0, "trained": 0.005},
 }
 
 
@@ -129,6 +130,14 @@ def flags(row: Row, tuner: str) -> str:
     return " ".join([*words, f"--gradient_accumulation_steps {row.work.micro_batches}"])
 
 
+def facts(row: Row | None, tuner: str, *, fits: bool) -> dict[str, Any]:
+    """What is known of an arrangement, for --json: bytes by what they are for, and seconds by the formulas."""
+    if row is None:
+        return {"fits": False}
+    memory, traffic = asdict(row.memory) | {"total": row.memory.total}, asdict(row.traffic) | {"total": row.traffic.total}
+    return {"fits": fits, "options": flags(row, tuner), "memory": memory, "traffic": traffic, "step_s": row.step_s}
+
+
 def best(shape: Shape, tuner: str, cards: int, pass_tokens: int, tokens: int, machine: Machine) -> tuple[Row | None, Row | None]:
     """(the fastest arrangement that fits, else the smallest)."""
     work = Work(tokens=pass_tokens, **TUNERS[tuner])
@@ -162,9 +171,12 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|")
     for (name, config), cards, tuner in itertools.product(models.items(), options.cards, options.tuner):
         tokens = 65536 * max(1, cards // 8)
-        row, smallest = best(Shape.of(config), tuner, cards, options.pass_tokens, tokens, machine)
+        shape = Shape.of(config)
+        if tuner == "qlora" and shape.experts:
+            continue  # bitsandbytes quantizes linear layers; experts in one tensor, as transformers keeps them, stay in 16 bits
+        row, smallest = best(shape, tuner, cards, options.pass_tokens, tokens, machine)
         if options.json:
-            print(json.dumps({"model": name, "cards": cards, "tuner": tuner, "row": None if row is None else flags(row, tuner)}))
+            print(json.dumps({"model": name, "cards": cards, "tuner": tuner, **facts(row or smallest, tuner, fits=row is not None)}))
         elif row is None:
             least = f"does not fit: {smallest.memory.total / GIB:,.0f} GiB at least" if smallest else "does not divide"
             print(f"| {name} | {cards} | {tuner} | {least} | | | |")

@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import io
 import re
+import runpy
 import shlex
 import sys
 import tokenize
@@ -63,8 +64,35 @@ def blocks(path: Path, language: str) -> list[str]:
 
 def swift_lines(path: Path) -> list[list[str]]:
     text = "\n".join(blocks(path, "bash")).replace("\\\n", " ")
-    lines = (shlex.split(line, comments=True) for line in text.splitlines())
-    return [words[1:] for words in lines if words[:1] == ["swift"]]
+    return [words for line in text.splitlines() if (words := swift_words(line))]
+
+
+def swift_words(line: str) -> list[str]:
+    """What ``swift`` is told by a line, whatever starts it: ``... `` in it stands for a model and data. Empty if it is no such line."""
+    line = re.sub(r"^([A-Z_]+=\S+ )+", "", line)
+    line = re.sub(r"^torchrun .* -m swift\.cli ", "swift ", line)
+    line = re.sub(r"^deepspeed .*\btrain\.py ", "swift sft ", line)
+    line = re.sub(r"(--model )?\.\.\.", "--model m --dataset d", line)
+    words = shlex.split(line, comments=True) if line.startswith("swift ") else []
+    return words[1:]
+
+
+def swift_cells(path: Path) -> list[list[str]]:
+    """The commands in the tables of a page that say what may follow, and the options of training that fill a cell by themselves."""
+    cells = re.findall(r"(?<=\| )`([^`\n]+)`(?= \|)", path.read_text(encoding="utf-8"))
+    options = [f"swift sft ... {cell}" for cell in cells if cell.startswith("--tuner_type ")]
+    return [words for line in (*(cell for cell in cells if "..." in cell), *options) if (words := swift_words(line))]
+
+
+def accept(words: list[str]) -> None:
+    """Read a command line as swift would; of `swift launch` the one that it starts too."""
+    name, rest = find_command(words)
+    class_name, _, summary = COMMANDS[name]
+    module = options if class_name == "Config" else commands
+    checkpoint = ("checkpoint", {"model": "m", "dataset": ["d"]}) if {"--resume_from_checkpoint", "--adapters"} & set(rest) else None
+    parse(getattr(module, class_name), name, summary, rest, checkpoint=lambda _: checkpoint)
+    if "--" in rest:
+        accept(rest[rest.index("--") + 1 :])
 
 
 def test_every_imported_package_is_declared():
@@ -124,24 +152,42 @@ def test_links_of_the_documents_lead_somewhere(path):
     assert [target for target in targets if "://" not in target and not (path.parent / target).exists()] == []
 
 
-@pytest.mark.parametrize("name", ["README", "docs/evaluation"])
+@pytest.mark.parametrize("name", [str(path.relative_to(ROOT)).removesuffix("_zh.md") for path in DOCUMENTS if path.stem.endswith("_zh")])
 def test_both_languages_of_a_page_show_the_same_commands_and_headings(name):
     english, chinese = ROOT / f"{name}.md", ROOT / f"{name}_zh.md"
     for language in ("bash", "python", "yaml"):
-        assert blocks(english, language) == blocks(chinese, language)
+        commands = [
+            [re.sub(r"(^| +)#.*", "", block, flags=re.MULTILINE) for block in blocks(path, language)] for path in (english, chinese)
+        ]
+        assert commands[0] == commands[1]
     levels = [re.findall(r"^#+ |^\|[-|]+\|$", path.read_text(encoding="utf-8"), re.MULTILINE) for path in (english, chinese)]
     assert levels[0] == levels[1]
 
 
-@pytest.mark.parametrize("words", [*swift_lines(ROOT / "README.md"), *swift_lines(ROOT / "docs" / "evaluation.md")], ids=" ".join)
-def test_every_command_of_a_page_is_accepted(words, tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_of_a_page_is_accepted(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text("model: m\ndataset: d\n", encoding="utf-8")
-    name, rest = find_command(words)
-    class_name, _, summary = COMMANDS[name]
-    module = options if class_name == "Config" else commands
-    checkpoint = ("checkpoint", {"model": "m", "dataset": ["d"]}) if "--resume_from_checkpoint" in rest else None
-    parse(getattr(module, class_name), name, summary, rest, checkpoint=lambda _: checkpoint)
+    for words in (*swift_lines(path), *swift_cells(path)):
+        accept(words)
+
+
+def test_the_page_on_scaling_shows_what_the_benchmark_prints(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scaling.py"])
+    runpy.run_path(str(ROOT / "bench" / "scaling.py"), run_name="__main__")
+    head, line, *rows = capsys.readouterr().out.splitlines()
+    assert "\n".join([head, line, *rows]) in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    # In Chinese the same figures and options.
+    own = [text for text in (ROOT / "docs" / "scaling_zh.md").read_text(encoding="utf-8").splitlines() if re.match(r"\| \d+B", text)]
+    assert [re.findall(r"[\d.,]+[\dB]|`.*`|(?<= )\d", text) for text in own] == [
+        re.findall(r"[\d.,]+[\dB]|`.*`|(?<= )\d", text) for text in rows
+    ]
+
+
+@pytest.mark.parametrize(("name", "count"), [("parallel", 9), ("scaling", 20), ("preferences", 2), ("tuners", 3), ("export", 3)])
+def test_the_commands_of_a_page_are_found(name, count):
+    path = ROOT / "docs" / f"{name}.md"
+    assert len(swift_lines(path)) + len(swift_cells(path)) >= count
 
 
 def test_the_readme_shows_more_than_a_few_commands():

@@ -25,11 +25,14 @@ class PreferenceConfig(Config):
 
     rlhf_type: str = opt("dpo", "how a model is trained by preferences or rewards", choices=("dpo",), refused=REFUSED_TYPES)
     beta: float | None = opt(None, "how close the policy stays to the reference; by default 0.1", minimum=1e-6)
-    loss_type: list[str] = opt(
-        ["sigmoid"], f"loss of a pair, or several that are added: {', '.join(LOSS_TYPES)}", choices=LOSS_TYPES, refused=REFUSED_LOSSES
+    loss_type: list[str] | None = opt(
+        None,
+        f"loss of a pair, or several that are added: {', '.join(LOSS_TYPES)}; by default sigmoid",
+        choices=LOSS_TYPES,
+        refused=REFUSED_LOSSES,
     )
     loss_weights: list[float] | None = opt(None, "weight of each loss of --loss_type; by default 1")
-    label_smoothing: float = opt(0.0, "share of the pairs that may be the wrong way round", minimum=0, maximum=1)
+    label_smoothing: float = opt(0.0, "share of the pairs that may be the wrong way round, less than 0.5", minimum=0)
     discopop_tau: float = opt(0.05, "temperature of the loss discopop", minimum=1e-6)
     rpo_alpha: float | None = opt(None, "weight of the mean cross-entropy of the chosen answer, which is added", minimum=0)
     reference_free: bool = opt(False, "no reference: all answers are thought equally likely before training")
@@ -46,7 +49,9 @@ class PreferenceConfig(Config):
             self.derive("beta", 0.1, f"rlhf_type {self.rlhf_type}")
         if getattr(self, "loss_scale", None) is None:
             self.derive("loss_scale", "last_round", f"rlhf_type {self.rlhf_type}")
-        self._check_losses()
+        if self.loss_type is None:
+            self.derive("loss_type", ["sigmoid"], f"rlhf_type {self.rlhf_type}")
+        self._check_losses(self.loss_type or [])
         self._check_reference()
         if getattr(self, "packing", False):
             raise ConfigError("--packing is for single rows: pairs are computed side by side without padding anyway", hint="remove it")
@@ -55,8 +60,8 @@ class PreferenceConfig(Config):
                 "--router_aux_loss_coef is not built yet for pairs: their loss has no term that balances experts", hint="remove it"
             )
 
-    def _check_losses(self) -> None:
-        losses, smoothing = self.loss_type, self.label_smoothing
+    def _check_losses(self, losses: list[str]) -> None:
+        smoothing = self.label_smoothing
         if not losses or len(set(losses)) < len(losses):
             raise ConfigError(f"--loss_type {' '.join(losses)}: name each loss once", hint="--loss_type sigmoid sft --loss_weights 1 0.5")
         if self.loss_weights is not None and len(self.loss_weights) != len(losses):
@@ -66,10 +71,12 @@ class PreferenceConfig(Config):
             )
         if not any(name in SMOOTHED for name in losses):
             self.refuse_without_effect(("label_smoothing",), f"with --loss_type {' '.join(losses)}")
-        if "robust" in losses and smoothing >= 0.5:
-            raise ConfigError(f"--label_smoothing {smoothing:g}: the loss robust needs less than 0.5", hint="0.1 is a usual value")
-        if "exo_pair" in losses and not 0 < smoothing < 1:
-            raise ConfigError(f"--label_smoothing {smoothing:g}: the loss exo_pair needs more than 0 and less than 1", hint="say 0.001")
+        if smoothing >= 0.5:
+            raise ConfigError(
+                f"--label_smoothing {smoothing:g}: from 0.5 on the rejected answer would be preferred", hint="0.1 is a usual value"
+            )
+        if "exo_pair" in losses and smoothing == 0:
+            raise ConfigError("--label_smoothing 0: the loss exo_pair needs more than 0", hint="say 0.001")
         if "discopop" not in losses:
             self.refuse_without_effect(("discopop_tau",), "without --loss_type discopop")
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from swift.data import files, pool, sources
 from swift.data.formats import FORMATS, ORDER
 from swift.data.records import Rejected
-from swift.data.rows import KEY_BYTES, Rules, Tally, check_columns, check_rejected, check_row, tell_placeholders, tell_unused
+from swift.data.rows import KEY_BYTES, Rules, Tally, check_columns, check_rejected, check_row, tell_pairs, tell_placeholders, tell_unused
 from swift.data.spool import Blobs, RejectedRows, pack, rejected_line
 from swift.errors import DataError
 
@@ -95,6 +95,7 @@ class Reader:
         """What to say of rejected rows, if there are any. Raises DataError if there are too many."""
         check_columns(self.tally, self.rules)
         tell_placeholders(self.tally)
+        tell_pairs(self.tally)
         return check_rejected(self.tally, self.rejected, max_rejected)
 
     def _batches(self, paths: list[Path]) -> Iterator[Batch]:

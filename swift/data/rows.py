@@ -42,11 +42,14 @@ class Tally:
     """The columns of the rows, if --columns names any."""
     unused: str | None = None
     """Of the first record: the columns that lost against another of the same meaning."""
+    num_pairs: int = 0
+    """Rows whose rejected answer nothing is made of."""
 
     def add(self, other: "Tally") -> None:
         self.num_rows += other.num_rows
         self.num_rejected += other.num_rejected
         self.num_placeholders += other.num_placeholders
+        self.num_pairs += other.num_pairs
         self.columns.update(other.columns)
 
 
@@ -67,6 +70,7 @@ def check_row(source: str, row: Any, rules: Rules, tally: Tally) -> tuple[Record
     if reason is None:
         if tally.num_rows == tally.num_rejected + 1:
             tally.unused = _unused(record, row, rules)
+        tally.num_pairs += record.rejected is not None and rules.want == "sft"
         return record, key
     if rules.strict:
         raise DataError(f"{source}: {reason}", hint="leave out --strict to go on without such rows")
@@ -130,6 +134,11 @@ def check_columns(tally: Tally, rules: Rules) -> None:
 def tell_placeholders(tally: Tally) -> None:
     if tally.num_placeholders:
         console.warn(f"{tally.num_placeholders} rows hold {{{{NAME}}}} or {{{{AUTHOR}}}}: give --model_name and --model_author")
+
+
+def tell_pairs(tally: Tally) -> None:
+    if tally.num_pairs:
+        console.notice(f"{tally.num_pairs} rows have a rejected answer, which is not used: swift rlhf --rlhf_type dpo trains on both")
 
 
 def check_rejected(tally: Tally, rejected: Sequence[Rejected], max_rejected: float) -> str | None:

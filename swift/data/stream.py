@@ -21,7 +21,7 @@ from swift.data.encode import CHUNK_ROWS, Options, encode_chunk, start_worker, w
 from swift.data.encoded import Encoded
 from swift.data.feed import Mixture, Taken
 from swift.data.records import Record, Rejected, summary
-from swift.data.rows import Tally, check_rejected, tell_placeholders
+from swift.data.rows import Tally, check_rejected, tell_pairs, tell_placeholders
 from swift.data.spool import Blobs, RejectedRows, pack, rejected_line
 from swift.data.writer import Chunk, Counts, Writer
 from swift.errors import DataError
@@ -220,5 +220,6 @@ class Stream:
         if told:
             console.warn(f"first block: {told}")
         tell_placeholders(tally)
+        tell_pairs(tally)
         if unseen := [name for name in self._mixture.columns if name not in tally.columns]:
             console.warn(f"--columns names {', '.join(unseen)}, which no row of the first block has")

@@ -1,7 +1,8 @@
 """What a process holds and sends, by formula, for each way to spread a model: before a machine is rented.
 
-Bytes are exact for weights, gradients, optimizer and traffic. Activations are those of attention kernels that keep no
-scores (Korthikanti et al. 2022, arXiv:2205.05198, equation 2 without its last term), in 16 bits.
+Bytes of weights, gradients, optimizer and traffic are exact for full tuning; those of an adapter follow from its share of
+the parameters. Activations are those of attention kernels that keep no scores (Korthikanti et al. 2022, arXiv:2205.05198,
+equation 2 without its last term), in 16 bits.
 """
 
 import math
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ACTIVATION_BYTES = 2
+ADAPTER_BYTES = 4  # an adapter is kept in float32
 
 # s tokens of a micro-batch, h model width, L blocks, V vocabulary, n processes of an axis
 
@@ -82,6 +84,8 @@ class Work:
     """As they are kept: 2 in 16 bits, 4 in float32, about 0.52 in 4 bits with their scales."""
     travel_bytes: float = 2
     """As they are gathered: those of the precision of the computation."""
+    outside_bytes: float | None = None
+    """Of embedding and head, kept and gathered, if they differ: bitsandbytes leaves them in 16 bits."""
     trained: float = 1.0
     """Share of the parameters that is trained: 1 for full tuning, about 0.005 for LoRA."""
     gradient_bytes: int = 4
@@ -139,14 +143,15 @@ class Traffic:
 
 def memory(shape: Shape, work: Work, spread: Spread) -> Memory:
     """What one process holds at most: one of the first pipeline stage, which has most micro-batches under way."""
-    own = _own_parameters(shape, spread)
+    own, outside = _own_parameters(shape, spread), _outside(shape, spread)
     parts = spread.dp * spread.cp if spread.shards else 1
     gathered = 0.0
     if spread.shards and parts > 1:
         # Two blocks, one that computes and one that comes, and what is outside of them, which stays.
-        gathered = (2 * _block(shape, spread) + _outside(shape, spread)) * work.travel_bytes
+        gathered = 2 * _block(shape, spread) * work.travel_bytes + outside * _or(work.outside_bytes, work.travel_bytes)
+    adapter = own * work.trained * ADAPTER_BYTES if work.trained < 1 else 0.0
     return Memory(
-        weights=own * work.weight_bytes / parts,
+        weights=((own - outside) * work.weight_bytes + outside * _or(work.outside_bytes, work.weight_bytes) + adapter) / parts,
         gradients=own * work.trained * work.gradient_bytes / parts,
         optimizer=own * work.trained * work.optimizer_bytes / parts,
         gathered=gathered,
@@ -157,15 +162,18 @@ def memory(shape: Shape, work: Work, spread: Spread) -> Memory:
 def traffic(shape: Shape, work: Work, spread: Spread) -> Traffic:
     """What one process sends in a step. Rings send a sum of b bytes in 2 b (n - 1) / n, a part of it in half of that."""
     own, n = _own_parameters(shape, spread), spread.dp * spread.cp
-    ring = (n - 1) / n
+    layers, ring = _layers(shape, spread), (n - 1) / n
     if spread.shards:
         # Blocks are gathered for the forward and again for the backward pass, the rest once; gradients of each micro-batch go out.
         outside = _outside(shape, spread)
-        weights = (2 * (own - outside) + outside) * work.travel_bytes * ring * work.micro_batches
+        gathered = 2 * (own - outside) * work.travel_bytes + outside * _or(work.outside_bytes, work.travel_bytes)
+        weights = gathered * ring * work.micro_batches
         gradients = own * work.trained * work.gradient_bytes * ring * work.micro_batches
     else:
-        weights, gradients = 0.0, 2 * own * work.trained * work.gradient_bytes * ring
-    layers = shape.layers / spread.pp
+        # Experts are copied less often: gradients of each are summed by the processes that have it.
+        experts, copies = (layers * _experts(shape, spread) if spread.ep > 1 else 0.0), n / spread.ep
+        weights = 0.0
+        gradients = 2 * work.trained * work.gradient_bytes * ((own - experts) * ring + experts * (copies - 1) / copies)
     states = work.tokens / spread.cp * shape.hidden * ACTIVATION_BYTES * work.micro_batches
     # Two sums in the forward pass of a block, two in its backward pass, one more of each where it is computed again.
     sums = 2 * (3 if work.checkpointing else 2)
@@ -184,8 +192,22 @@ def traffic(shape: Shape, work: Work, spread: Spread) -> Traffic:
 
 def _block(shape: Shape, spread: Spread) -> float:
     """Parameters of one block in one process, before they are cut by the data axis."""
-    experts = shape.feedforward / (spread.ep * spread.tp)
-    return shape.attention / spread.tp + experts + 2 * shape.hidden
+    router = shape.hidden * shape.experts
+    return shape.attention / spread.tp + _experts(shape, spread) + router + 2 * shape.hidden
+
+
+def _experts(shape: Shape, spread: Spread) -> float:
+    """Parameters of the feed-forward layers of one block in one process, without their router."""
+    return (shape.feedforward - shape.hidden * shape.experts) / (spread.ep * spread.tp)
+
+
+def _layers(shape: Shape, spread: Spread) -> int:
+    """Blocks of the stage that has most: a block is not cut."""
+    return math.ceil(shape.layers / spread.pp)
+
+
+def _or(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value
 
 
 def _outside(shape: Shape, spread: Spread) -> float:
@@ -195,7 +217,7 @@ def _outside(shape: Shape, spread: Spread) -> float:
 
 
 def _own_parameters(shape: Shape, spread: Spread) -> float:
-    return shape.layers / spread.pp * _block(shape, spread) + _outside(shape, spread)
+    return _layers(shape, spread) * _block(shape, spread) + _outside(shape, spread)
 
 
 def _activations(shape: Shape, work: Work, spread: Spread) -> float:
@@ -205,6 +227,6 @@ def _activations(shape: Shape, work: Work, spread: Spread) -> float:
     active = shape.intermediate * (shape.experts_per_token or 1)
     # Inputs of both norms and of attention and feed-forward layers; q, k, v and what attention gives; three of the gated layer's.
     one = s * (8 * h + 2 * (width + shape.heads * shape.head_dim) / spread.tp + 2 * 3 * active / spread.tp)
-    layers = shape.layers / spread.pp
+    layers = _layers(shape, spread)
     under_way = min(spread.pp, work.micro_batches)
     return under_way * layers * s * h * 2 + one if work.checkpointing else under_way * layers * one

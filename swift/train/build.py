@@ -18,6 +18,7 @@ from swift.model.template import read_template
 from swift.train.activations import checkpoint_activations
 from swift.train.compile import check_backend
 from swift.train.liger import check_device, use_liger_kernels
+from swift.tuner.base import parameter_counts
 
 
 def load_for_training(config: SftConfig | ModelOptions, path: Path, *, device: str | None = None) -> Loaded:
@@ -54,6 +55,7 @@ def load_for_training(config: SftConfig | ModelOptions, path: Path, *, device: s
     if config.quant_method is not None or format_of(stored) == "bnb":
         from peft import prepare_model_for_kbit_training
 
+        tell_unquantized(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         keep_gradients(model)
     if config.gradient_checkpointing is None and isinstance(config, ModelOptions):  # a run chooses from its rows
@@ -93,6 +95,19 @@ def choose_flat(config: SftConfig, model: Any) -> bool:
             raise ConfigError(f"--{name} cannot be used with this model: {fault}", hint=f"leave --{name} away; rows are then padded")
     console.notice(f"rows are padded to one length: without padding this model would compute something else ({fault})")
     return False
+
+
+def tell_unquantized(model: Any) -> None:
+    """Warn if most weights of the blocks are still whole: bitsandbytes quantizes linear layers, and experts may be none."""
+    ends = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None}
+    whole = {name: weight for name, weight in model.named_parameters() if weight.dtype.is_floating_point and id(weight) not in ends}
+    count, total = sum(weight.numel() for weight in whole.values()), parameter_counts(model)[1]
+    if 2 * count > total:
+        largest = max(whole, key=lambda name: whole[name].numel())
+        dtype = str(whole[largest].dtype).removeprefix("torch.")
+        console.warn(
+            f"--quant_method bnb leaves {count / total:.0%} of the weights in {dtype}, such as {largest}: it quantizes linear layers alone"
+        )
 
 
 def keep_gradients(model: torch.nn.Module) -> None:

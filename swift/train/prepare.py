@@ -253,8 +253,9 @@ def preference_rows(config: SftConfig) -> list[tuple[str, str]]:
     """What pairs are trained by, and compared with."""
     if not isinstance(config, RlhfConfig):
         return []
-    weights = config.loss_weights or [1.0] * len(config.loss_type)
-    losses = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(config.loss_type, weights, strict=True))
+    names = config.loss_type or []
+    weights = config.loss_weights or [1.0] * len(names)
+    losses = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True))
     smoothed = f", label smoothing {config.label_smoothing:g}" if config.label_smoothing else ""
     nll = f", plus {config.rpo_alpha:g} times the cross-entropy of the chosen answer" if config.rpo_alpha is not None else ""
     return [("objective", f"{config.rlhf_type}, {losses}, beta {config.beta:g}{smoothed}{nll}"), ("reference", reference_text(config))]

@@ -6,6 +6,7 @@ beside it. Where the weights themselves change, it is a second model, or its log
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def make_objective(config: SftConfig) -> Objective:
     if not isinstance(config, RlhfConfig):
         objective: Objective = OBJECTIVES.get("sft")()
         return objective
-    assert config.beta is not None
+    assert config.beta is not None and config.loss_type is not None
     objective = OBJECTIVES.get(config.rlhf_type)(
         loss_type=config.loss_type,
         loss_weights=config.loss_weights,
@@ -194,7 +195,7 @@ def precompute(
 
     They come from the cache, or are computed by all processes together.
 
-    The cache knows them by a digest of the weights and of the tokens, and of nothing that is merely called the same.
+    The cache knows them by a digest of the weights, the config and the tokens, and of nothing that is merely called the same.
     """
     frozen = Frozen(Policy(model))
     weights = digest_of(model)
@@ -236,8 +237,10 @@ def _read(path: Path, count: int) -> npt.NDArray[np.float32] | None:
 
 
 def digest_of(model: Any) -> str:
-    """Of all weights of ``model`` and of their names."""
-    sha = hashlib.sha256()
+    """Of all weights of ``model``, of their names, and of what its config and that of its adapter make of them."""
+    sha = hashlib.sha256(model.config.to_json_string().encode())
+    for name, config in sorted(getattr(model, "peft_config", {}).items()):
+        sha.update(json.dumps([name, config.to_dict()], sort_keys=True, default=lambda value: sorted(map(str, value))).encode())
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data if tensor.numel() else b"")

@@ -153,6 +153,14 @@ def test_a_column_that_lost_against_another_is_told(write, capsys):
     assert "not used" not in capsys.readouterr().err
 
 
+def test_rejected_answers_that_are_not_trained_on_are_told(write, capsys):
+    path = write([{"query": "q", "response": "a", "rejected_response": "b"}, {"query": "q", "response": "a"}])
+    load_records([path])
+    assert "1 rows have a rejected answer, which is not used" in capsys.readouterr().err
+    load_records([path], want="preference", max_rejected=0.5)
+    assert "not used" not in capsys.readouterr().err
+
+
 def test_half_a_surrogate_pair_is_rejected_and_can_be_written_down(write, tmp_path):
     path = write('{"query": "bad \\ud83d", "response": "a"}\n{"query": "good \\ud83d\\ude00", "response": "a"}\n')
     loaded = load_records([path], max_rejected=0.5)

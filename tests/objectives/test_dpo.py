@@ -131,6 +131,31 @@ def test_without_a_reference_rewards_are_log_probabilities(models):
     assert not Dpo(reference_free=True).needs_reference
 
 
+def test_a_pair_of_which_one_answer_has_no_weight_is_not_counted(models):
+    rows = examples()
+    rows[0]["rejected"]["weights"] = [0.0] * len(rows[0]["rejected"]["labels"])
+    assert Dpo().count(flat_batch(rows)) == 3
+    found, without = (measured(models, Dpo(beta=BETA), [flat_batch(some)]) for some in (rows, rows[1:]))
+    assert found == pytest.approx(without, rel=1e-4)
+
+
+def test_a_mean_over_tokens_counts_them_and_not_their_weights(models):
+    rows = examples()
+    for row in rows:
+        for side in row.values():
+            side["weights"] = [0.5] * len(side["labels"])
+    objective = Dpo(beta=BETA, loss_type=["sft"])
+    found, whole = (measured(models, objective, [flat_batch(some)]) for some in (rows, examples()))
+    assert found["loss"] == pytest.approx(whole["loss"] / 2, rel=1e-5)
+
+
+def test_a_policy_that_is_its_reference_has_won_no_pair(models):
+    policy, _ = models
+    found = measured((policy, Frozen(policy)), Dpo(beta=BETA), [flat_batch(examples())])
+    assert found["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert (found["rewards/accuracies"], found["rewards/margins"]) == (0, 0)
+
+
 def test_a_batch_that_only_fills_a_gap_adds_nothing(models):
     from dataclasses import replace
 
@@ -147,3 +172,18 @@ def test_the_reference_has_no_gradient_and_leaves_the_mode_as_it_was(models):
     assert not reference.logps(flat_batch(examples())).requires_grad
     assert reference.policy.model.training
     assert torch.is_grad_enabled()
+
+
+def test_the_reference_drops_nothing_while_the_policy_does(models):
+    policy, _ = models
+    layers, batch = policy.model.model.layers, padded_batch(examples(), pad_token_id=3)
+    wanted = policy.logps(batch)
+    for layer in layers:
+        layer.self_attn.attention_dropout = 0.5
+    policy.model.train()
+    found, trained = Frozen(policy).logps(batch), policy.logps(batch)
+    policy.model.eval()
+    for layer in layers:
+        layer.self_attn.attention_dropout = 0.0
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(trained, wanted, atol=1e-2)

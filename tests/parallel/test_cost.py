@@ -43,6 +43,34 @@ def test_the_shape_counts_the_parameters_of_the_model(config):
     assert Shape.of(config.to_dict()).parameters == sum(parameter.numel() for parameter in model.parameters()) - norms
 
 
+def test_an_adapter_on_weights_of_four_bits_leaves_what_is_outside_of_the_blocks_in_sixteen():
+    # Outside: 2 * 320 * 32 + 32 = 20,512 weights of 2 bytes; in blocks 4 * (3,072 + 6,144 + 64) = 37,120 of 0.5; of the 57,632
+    # a hundredth is trained, in float32.
+    shape = Shape.of(CONFIG)
+    work = Work(tokens=64, weight_bytes=0.5, travel_bytes=0.5, outside_bytes=2, trained=0.01)
+    held = memory(shape, work, Spread())
+    assert held.weights == pytest.approx(20_512 * 2 + 37_120 * 0.5 + 576.32 * 4)
+    assert (held.gradients, held.optimizer) == pytest.approx((576.32 * 4, 576.32 * 8))
+    # Both of two processes gather the other half: twice the blocks, once the rest.
+    assert traffic(shape, work, Spread(dp=2)).weights == pytest.approx((2 * 37_120 * 0.5 + 20_512 * 2) / 2)
+
+
+def test_a_pipeline_is_as_large_as_its_longest_stage():
+    # Four blocks in three stages: two in one of them, and an embedding of 320 * 32.
+    held = memory(Shape.of(CONFIG), Work(tokens=64, weight_bytes=4), Spread(pp=3, shards=False))
+    assert held.weights == (2 * 9_280 + 10_240) * 4
+
+
+def test_gradients_of_spread_experts_are_summed_by_the_processes_that_have_them():
+    shape = Shape.of(CONFIG | {"moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2})
+    # 4 * 8 * 3 * 32 * 24 = 73,728 weights of experts; 4 * (3,072 + 64 + 256) + 20,512 = 34,080 others, which all four have.
+    sent = traffic(shape, Work(tokens=64), Spread(dp=4, ep=4, shards=False)).gradients
+    assert sent == 2 * 4 * 34_080 * 3 / 4
+    # Each expert of two: half of them in each of two pairs of processes.
+    sent = traffic(shape, Work(tokens=64), Spread(dp=4, ep=2, shards=False)).gradients
+    assert sent == 2 * 4 * (34_080 * 3 / 4 + 36_864 / 2)
+
+
 class Sent(TorchDispatchMode):
     """Bytes that a process sends in rings, of what is larger than the numbers that are agreed on."""
 

@@ -124,7 +124,7 @@ def test_all_weights_are_compared_with_a_second_model_or_with_what_it_said_befor
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_what_the_reference_says_is_computed_once(train, pairs, monkeypatch, cache):
+def test_what_the_reference_says_is_computed_once(train, monkeypatch, cache):
     from swift.train import reference
 
     train(precompute_ref_log_probs=True, max_steps=1)
@@ -137,14 +137,29 @@ def test_what_the_reference_says_is_computed_once(train, pairs, monkeypatch, cac
     monkeypatch.setattr(reference.Frozen, "logps", fail)
     train(precompute_ref_log_probs=True, max_steps=1)
     assert set((cache / "reference_logps").glob("*.npy")) == files
-    with pytest.raises(AssertionError, match="computed again"):  # other rows
-        train(precompute_ref_log_probs=True, max_steps=1, dataset=f"{pairs}#7")
+    with pytest.raises(AssertionError, match="computed again"):  # as many rows, in another order
+        train(precompute_ref_log_probs=True, max_steps=1, data_seed=7)
     monkeypatch.undo()
     damaged = max(files, key=lambda path: path.stat().st_mtime)
     kept = np.load(damaged)
     damaged.write_bytes(damaged.read_bytes()[:-8])
     train(precompute_ref_log_probs=True, max_steps=1)
     np.testing.assert_allclose(np.load(damaged), kept, rtol=1e-5)
+
+
+def test_equal_weights_under_another_config_are_another_reference(tiny_model, tmp_path):
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    from swift.train.reference import digest_of
+
+    copies = [shutil.copytree(tiny_model, tmp_path / name) for name in ("same", "other")]
+    config = json.loads((copies[1] / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] *= 10  # no weight of it
+    (copies[1] / "config.json").write_text(json.dumps(config))
+    first, same, other = (digest_of(AutoModelForCausalLM.from_pretrained(path)) for path in (tiny_model, *copies))
+    assert first == same != other
 
 
 def test_an_adapter_goes_on_from_itself(train, tiny_model, rows, tmp_path):
@@ -175,7 +190,9 @@ def test_a_start_that_changes_the_base_is_compared_with_the_model_that_was_loade
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "--loss_weights has 1 values for 2 losses"),
         ({"loss_type": ["sigmoid", "sigmoid"]}, "--loss_type sigmoid sigmoid: name each loss once"),
         ({"loss_type": ["ipo"], "label_smoothing": 0.1}, "--label_smoothing has no effect with --loss_type ipo"),
-        ({"loss_type": ["robust"], "label_smoothing": 0.5}, "--label_smoothing 0.5: the loss robust needs less than 0.5"),
+        ({"loss_type": ["robust"], "label_smoothing": 0.5}, "--label_smoothing 0.5: from 0.5 on the rejected answer would be preferred"),
+        ({"label_smoothing": 0.9}, "--label_smoothing 0.9: from 0.5 on the rejected answer would be preferred"),
+        ({"ld_alpha": 0.5}, "option --ld_alpha is not available: the losses of pairs weigh every token of an answer alike"),
         ({"loss_type": ["exo_pair"]}, "--label_smoothing 0: the loss exo_pair needs more than 0"),
         ({"discopop_tau": 0.1}, "--discopop_tau has no effect without --loss_type discopop"),
         ({"beta": 0.0}, "--beta takes at least 1e-06"),
@@ -193,6 +210,15 @@ def test_wrong_options_end_in_one_line(train, options, message):
         train(**options)
     assert caught.value.message.startswith(message)
     assert "\n" not in caught.value.message
+
+
+def test_the_loss_of_pairs_is_no_option_of_other_training(train, tiny_model, rows):
+    """ms-swift's default, none, says nothing; the default of swift rlhf would not be computed."""
+    common = {"model": str(tiny_model), "dataset": str(rows), "dry_run": True}
+    assert sft(**common, loss_type=None) is None
+    with pytest.raises(ConfigError, match="option --loss_type has no effect here"):
+        sft(**common, loss_type=["sigmoid"])
+    assert train(loss_type=None, dry_run=True) is None
 
 
 def test_a_reference_with_other_tokens_is_refused(train, tmp_path):

@@ -129,6 +129,8 @@ def test_a_run_directory_holds_everything_and_its_audit_verifies(run):
     }
     assert wanted | {"checkpoint-3", "checkpoint-6"} <= names
     assert not [name for name in names if name.endswith(".tmp")]
+    inner = {"args.json", "trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_config.json", "adapter_model.safetensors"}
+    assert inner <= {path.name for path in (result.run / "checkpoint-3").iterdir()}
     assert audit.verify(result.run / "audit.jsonl") == 4  # start, two checkpoints, end
     assert "Expected" in (result.run / "report.md").read_text()
     line = json.loads((result.run / "logging.jsonl").read_text().splitlines()[0])
@@ -146,10 +148,13 @@ def test_a_run_directory_holds_everything_and_its_audit_verifies(run):
 
 
 def test_old_checkpoints_go_and_the_best_and_the_last_stay(run):
-    result = run(save_steps=1, eval_steps=1, split_dataset_ratio=0.2, save_total_limit=2, max_steps=8, create_checkpoint_symlink=True)
+    saving = dict(save_steps=1, eval_steps=1, save_total_limit=2, create_checkpoint_symlink=True)
+    result = run(**saving, split_dataset_ratio=0.2, max_steps=8, learning_rate=0.0, lora_dropout=0)
+    assert result.state.best_step == 1  # nothing is learned, so that it stays the best
     kept = {path.name for path in result.run.glob("checkpoint-*")}
     assert {f"checkpoint-{result.state.best_step}", "checkpoint-8"} <= kept
     assert len(kept) == 2
+    assert (result.run / "best").resolve().name == f"checkpoint-{result.state.best_step}"
     assert (result.run / "last").resolve().name == "checkpoint-8"
 
 

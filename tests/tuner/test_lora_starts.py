@@ -6,11 +6,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3MoeConfig
 
 import swift
 from swift.errors import CheckpointError, ConfigError, ModelError
 from swift.files import write_json
 from swift.model.load import Quantization, load_model
+from swift.train.build import tell_unquantized
 from tests.tiny import make_model
 from tests.tuner.conftest import logits, plain, tune
 
@@ -103,6 +105,19 @@ def test_an_adapter_of_quantized_weights_trains_and_loads_in_plain_peft(options,
     quantization = Quantization(options["quant_bits"], torch.float32, tuned.config.bnb_4bit_quant_type)
     loaded = PeftModel.from_pretrained(load_model(two_layers, quantization=quantization).model, path)
     assert torch.equal(logits(loaded), logits(tuned.model))
+
+
+def test_experts_that_stay_whole_are_told(two_layers, tmp_path, capsys):
+    sizes = dict(vocab_size=320, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    config = Qwen3MoeConfig(**sizes, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for path in (two_layers, tmp_path):
+        settings = BitsAndBytesConfig(load_in_4bit=True)
+        tell_unquantized(AutoModelForCausalLM.from_pretrained(path, quantization_config=settings, device_map={"": "cpu"}))
+    # 98,304 of experts, 512 of the router and 224 of norms of 152,288; of the dense model none but norms.
+    told = capsys.readouterr().err
+    assert told.count("warning") == 1
+    assert "leaves 65% of the weights in float32, such as model.layers.0.mlp.experts.gate_up_proj" in told
 
 
 @pytest.mark.parametrize("options", [{"bnb_4bit_quant_type": "nf4"}, {"bnb_4bit_quant_type": "fp4"}, {"quant_bits": 8}], ids=str)
