@@ -130,7 +130,13 @@ def check_resumable(path: Path) -> TrainState:
 def load_optimizer(path: Path, *, strategy: Strategy, schedule: Any) -> None:
     """Put the state of ``path`` into optimizer and schedule; the model has its weights before it is spread."""
     strategy.load(path / OPTIMIZER_FILE)
-    schedule.load_state_dict(torch.load(path / SCHEDULE_FILE, weights_only=True))
+    saved = torch.load(path / SCHEDULE_FILE, weights_only=True)
+    # What it keeps for each group of parameters is taken from the groups here: another arrangement of processes has others.
+    own = {name: value for name, value in schedule.state_dict().items() if isinstance(value, list)}
+    for name, key in (("base_lrs", "initial_lr"), ("_last_lr", "lr")):
+        if name in own:
+            own[name] = [group.get(key, value) for group, value in zip(schedule.optimizer.param_groups, own[name], strict=True)]
+    schedule.load_state_dict({**saved, **own})
 
 
 def prune(run: RunDirectory, keep: int, *, best_step: int | None) -> None:
