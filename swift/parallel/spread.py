@@ -90,8 +90,8 @@ class Spread:
                 cpu_offload=self.cpu_offload,
                 reshard_after_forward=self.reshard_after_forward,
             )
-            if not self.cpu_offload:
-                model.to(self.device)  # buffers
+        if self.shards and not self.cpu_offload:  # it was split in main memory, which may hold what no device does
+            model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
         self.model = model
         self.optimizer = make_optimizer(model)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
