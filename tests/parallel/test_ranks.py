@@ -181,6 +181,8 @@ def test_weights_of_four_bits_are_sharded_too(rows, tmp_path):
         ({"strategy": "single"}, "--strategy single is for one process, and there are 2"),
         ({"eval_dataset": ["mmlu"], "fsdp": "fsdp2"}, "--eval_dataset and --strategy fsdp2 cannot be combined"),
         ({"sequence_parallel_size": 2, "expert_model_parallel_size": 2, "fsdp": "fsdp2"}, "--expert_model_parallel_size 2 and --strategy"),
+        ({"pipeline_model_parallel_size": 2, "router_aux_loss_coef": 0.1}, "--router_aux_loss_coef and --pipeline_model_parallel_size 2"),
+        ({"sequence_parallel_size": 2, "torch_compile": True}, "--torch_compile and --sequence_parallel_size 2 cannot be combined"),
         ({"tensor_model_parallel_size": 2, "quant_bits": 4}, "--quant_method bnb and --tensor_model_parallel_size 2 cannot be combined"),
     ],
 )
@@ -194,7 +196,7 @@ def test_what_does_not_go_together_is_said_in_one_line(options, said):
 def test_processes_of_a_layer_read_the_same_rows_and_drop_the_same_activations():
     found = Arrangement("ddp", Sizes(pp=2, dp=2, cp=2, tp=2))
     assert [found.reader(rank) for rank in range(16)] == [0, 0, 0, 0, 1, 1, 1, 1] * 2
-    assert [found.stream(rank) for rank in range(16)] == [0, 0, 1, 1, 2, 2, 3, 3] * 2
+    assert [found.stream(rank) for rank in range(16)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7]  # stages have other layers
 
 
 def test_a_process_takes_the_accelerator_of_its_number_or_the_only_one_that_it_sees():
