@@ -14,10 +14,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from swift.errors import ConfigError
 
-# Set by torchrun and every launcher that speaks its language.
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
 # By which the accelerators are chosen that a process sees: of NVIDIA, AMD, Ascend and Intel.
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 

@@ -74,3 +74,20 @@ def test_states_and_settings_find_their_parameters_in_other_groups(tmp_path):
         assert own.keys() == there.keys() and all(torch.equal(own[key], there[key]) for key in own)
     with pytest.raises(CheckpointError, match="it is of a parameter that is not trained here: bias"):
         states.load(tmp_path / "optimizer.pt", states.names_of(second), _optimizer(second, [(["weight"], 0.5)]), World())
+
+
+def test_a_checkpoint_gets_its_name_when_its_parts_are_written(run, tmp_path, monkeypatch):
+    seen, save = [], states.save
+
+    class Written:
+        """What is still being written until somebody waits for it."""
+
+        def done(self):
+            return False
+
+        def result(self):
+            seen.append(sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")))
+
+    monkeypatch.setattr(states, "save", lambda *given, **named: (save(*given, **named), Written())[1])
+    result = run(max_steps=2, save_steps=1)
+    assert seen == [[], ["checkpoint-1"]] and result.checkpoint.name == "checkpoint-2" and result.checkpoint.is_dir()

@@ -28,14 +28,15 @@ def _meet_three_times():
 
 
 def _sums(used):
-    """Gradients of three parameters, of which each process has used some in the last pass."""
+    """Buckets sent during the backward pass, and sums of gradients, of parameters of which each process has used some."""
     with join(CPU, timeout_s=20) as world:
         parameters = [nn.Parameter(torch.ones(4)) for _ in range(4)]
         replicas = Replicas(parameters, dist.group.WORLD, bucket_bytes=1)
         replicas.expect()
         sum((world.rank + 1) * parameters[index].sum() for index in used[world.rank]).backward()
+        early = len(replicas._sent)
         replicas.finish()
-        return [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters]
+        return early, [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters]
 
 
 @pytest.mark.multi
@@ -46,7 +47,7 @@ def test_processes_meet_again_while_one_of_them_is_late():
 @pytest.mark.multi
 def test_processes_that_use_other_parameters_add_up_the_same_sums():
     wanted = [None, [2.0] * 4, [1.0] * 4, [3.0] * 4]
-    assert run_ranks(2, _sums, ([3, 2], [3, 1]), deadline_s=60) == [wanted, wanted]
+    assert run_ranks(2, _sums, ([3, 2], [3, 1]), deadline_s=60) == [(2, wanted), (1, wanted)]
 
 
 def test_without_copies_nothing_is_sent():
