@@ -154,7 +154,7 @@ def join(device: torch.device, *, backend: str | None = None, timeout_s: int = 1
         count = torch.accelerator.device_count()
         torch.accelerator.set_device_index(device_of(world, count) if device.index is None else device.index)
     chosen, timeout = backend or dist.get_default_backend_for_device(device), datetime.timedelta(seconds=timeout_s)
-    if device.type != "cpu" and chosen != "gloo":
+    if device.type != "cpu" and chosen not in ("gloo", "mpi"):
         chosen = f"cpu:gloo,{device.type}:{chosen}"
     try:
         met = dist.PrefixStore(f"swift-{next(_meetings)}", _store(world, timeout))  # type: ignore[attr-defined]
