@@ -1,5 +1,6 @@
 """Several processes for one test: forked from a process that has its imports, joined by gloo, each with a deadline."""
 
+import contextlib
 import faulthandler
 import os
 import pickle
@@ -82,7 +83,8 @@ def _wait(pids: list[int], deadline_s: float) -> str | None:
         if left and time.monotonic() > end:
             failed = failed or f"ranks {sorted(pids.index(pid) for pid in left)} have not ended after {deadline_s} s"
             for pid in left:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has only just begun, or ends
+                    os.killpg(pid, signal.SIGKILL)  # with those that it has started
         time.sleep(0.01)
     return failed
 

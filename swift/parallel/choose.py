@@ -45,6 +45,12 @@ class Arrangement:
         """The random numbers that the process ``rank`` draws: processes that share a layer drop the same activations, no others do."""
         return rank // self.sizes.tp
 
+    def named_reader(self, rank: int) -> str | None:
+        """What files call the reader of the process ``rank``: "" if there is one alone; None if another process writes for it."""
+        if self.reader(rank) in map(self.reader, range(rank)):
+            return None
+        return f"-{self.reader(rank)}" if self.readers > 1 else ""
+
     @property
     def is_sharded(self) -> bool:
         """Whether no process holds all weights."""
@@ -78,6 +84,13 @@ def arrange(config: SftConfig, world: World) -> Arrangement:
             f"--rlhf_type {config.rlhf_type} and --pipeline_model_parallel_size {sizes.pp} cannot be combined: stages have no reference",
             hint="use --tensor_model_parallel_size or --fsdp fsdp2",
         )
+    if sizes.pp > 1 and config.router_aux_loss_coef and found.strategy in ("ddp", "fsdp2"):
+        raise ConfigError(
+            f"--router_aux_loss_coef and --pipeline_model_parallel_size {sizes.pp} cannot be combined: no process has all blocks",
+            hint="--router_aux_loss_coef 0",
+        )
+    if sizes.cp > 1 and config.torch_compile:
+        raise ConfigError(f"--torch_compile and --sequence_parallel_size {sizes.cp} cannot be combined", hint="remove --torch_compile")
     if found.is_sharded:
         _refuse(config, found)
     if (check := getattr(STRATEGIES.get(found.strategy), "check", None)) is not None:

@@ -42,10 +42,13 @@ class Replicas:
         A parameter that no process has a gradient of keeps none.
         """
         self._is_expecting = False
-        used = torch.tensor([float(parameter.grad is not None) for parameter in self.parameters], device=self._device())
-        dist.all_reduce(used, group=self.group)
+        if not self.parameters:
+            return
         while len(self._sent) < len(self.buckets):
             self._send()
+        # After the buckets, of which others may have sent more by now: in one group all send in one order.
+        used = torch.tensor([float(parameter.grad is not None) for parameter in self.parameters], device=self.parameters[0].device)
+        dist.all_reduce(used, group=self.group)
         is_used = dict(zip(self.parameters, used.tolist(), strict=True))
         for bucket, (flat, work) in zip(self.buckets, self._sent, strict=True):
             work.wait()
@@ -57,9 +60,6 @@ class Replicas:
                 mine = local(parameter.grad)
                 mine.copy_(total.view_as(mine))
         self._sent = []
-
-    def _device(self) -> torch.device:
-        return self.parameters[0].device if self.parameters else torch.device("cpu")
 
     def _is_ready(self, parameter: Tensor) -> None:
         if not self._is_expecting or parameter in self._seen:

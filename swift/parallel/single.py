@@ -11,14 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from swift.errors import TrainingError
-from swift.files import save_torch
 from swift.model.batch import Batch
 from swift.objectives.base import Objective
 from swift.parallel import state
 from swift.parallel.base import Sums, accumulate, evaluate
+from swift.parallel.scaling import SMALLEST_SCALE
 from swift.parallel.world import World
-
-SMALLEST_SCALE = 2.0**-14
 
 
 class Single:
@@ -75,7 +73,7 @@ class Single:
         return {name: tensor.cpu() for name, tensor in model.state_dict().items() if only is None or only(name)}
 
     def save(self, path: Path, *, in_background: bool = False) -> Any:
-        save_torch(path, {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()})
+        return state.save(path, state.names_of(self.model), self.optimizer, World(), is_sharded=False, scale=self.scaler)
 
     def load(self, path: Path) -> None:
-        state.load(path, self.model, self.optimizer, World(), self.device, scale=self.scaler if self.scaler.is_enabled() else None)
+        state.load(path, state.names_of(self.model), self.optimizer, World(), scale=self.scaler if self.scaler.is_enabled() else None)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from swift.errors import ConfigError, TrainingError
@@ -91,8 +92,8 @@ class Spread:
                 cpu_offload=self.cpu_offload,
                 reshard_after_forward=self.reshard_after_forward,
             )
-            if not self.cpu_offload:
-                model.to(self.device)  # buffers
+        if self.shards and not self.cpu_offload:  # it was split in main memory, which may hold what no device does
+            model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
         self.model = model
         self.optimizer = make_optimizer(model)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -121,8 +122,9 @@ class Spread:
 
     def _let_go(self) -> None:
         """Parameters are parts again, those too that a pass without a backward pass has left whole."""
-        if self._entry is not None:
-            self._entry.reshard()
+        for unit in self._entry.modules() if self._entry is not None else ():
+            if isinstance(unit, FSDPModule):
+                unit.reshard()
 
     def add(self, values: Sequence[float]) -> list[float]:
         return add(values, self.device, self.mesh.group("dp"))
@@ -193,12 +195,11 @@ class Spread:
         }
 
     def save(self, path: Path, *, in_background: bool = False) -> Any:
-        self._let_go()
         if in_background and self._writers is None:
             self._writers = dist.new_group(backend="gloo")
         return state.save(
             path,
-            self.model,
+            self._names(),
             self.optimizer,
             self.world,
             is_sharded=self.shards,
@@ -206,6 +207,9 @@ class Spread:
             in_background=self._writers if in_background else None,
         )
 
-    def load(self, path: Path) -> None:
+    def _names(self) -> dict[Any, str]:
         self._let_go()
-        state.load(path, self.model, self.optimizer, self.world, self.device, scale=self.scale)
+        return state.names_of(self.model, self.pipeline.stages.aliases if self.pipeline is not None else None)
+
+    def load(self, path: Path) -> None:
+        state.load(path, self._names(), self.optimizer, self.world, scale=self.scale)

@@ -1,10 +1,11 @@
 """The optimizer's state on disk: one file where a process holds all of it, a folder of parts (torch's distributed checkpoint) else.
 
-Either is read on any number of processes: the parts are named by parameter, and cut anew.
+Either is read in any arrangement of processes: all is named by parameter, and cut anew.
 """
 
 import json
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from swift.parallel.world import World
 GROUPS = "param_groups"
 SCALER = "scaler"
 
+Names = Mapping[Any, str]  # of each parameter, see names_of
+
 
 def folder_of(path: Path) -> Path:
     """Where the parts lie, if the state is not the one file ``path``: optimizer.pt -> optimizer."""
@@ -33,9 +36,11 @@ def exists(path: Path) -> bool:
 
 
 def save(
-    path: Path, model: Any, optimizer: Optimizer, world: World, *, is_sharded: bool, scale: Any = None, in_background: Any = None
+    path: Path, names: Names, optimizer: Optimizer, world: World, *, is_sharded: bool, scale: Any = None, in_background: Any = None
 ) -> Any:
-    """Write the state of ``optimizer``; every process comes here. ``path`` is on a disk that all of them see.
+    """Write the state of ``optimizer``, by the ``names`` of parameters; every process comes here.
+
+    ``path`` is on a disk that all of them see.
 
     With ``in_background``, a process group of its own, parts are copied now and written later: what is returned then tells
     when they are (a Future). In the group of the training the two would answer one another.
@@ -43,12 +48,11 @@ def save(
     scaler = {} if scale is None else scale.state_dict()
     if not is_sharded:
         if world.is_main:
-            save_torch(path, {"optimizer": optimizer.state_dict(), "scaler": scaler})
+            save_torch(path, {"optimizer": optimizer.state_dict(), "scaler": scaler, "names": _order(names, optimizer)})
         return None
     from torch.distributed.checkpoint.state_dict_saver import async_save
     from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
-    names = names_of(model)
     tensors: dict[str, Any] = {
         f"{names[parameter]}/{key}": value for parameter, own in optimizer.state.items() for key, value in own.items()
     }
@@ -61,83 +65,120 @@ def save(
     return None
 
 
-def load(path: Path, model: Any, optimizer: Optimizer, world: World, device: torch.device, *, scale: Any = None) -> None:
-    """Put what ``save`` wrote, on whatever number of processes, into ``optimizer``. CheckpointError if it does not fit."""
+def load(path: Path, names: Names, optimizer: Optimizer, world: World, *, scale: Any = None) -> None:
+    """Put what ``save`` wrote, in whatever arrangement of processes, into ``optimizer``. CheckpointError if it does not fit."""
     try:
-        scaler = _load_file(path, model, optimizer, device) if path.is_file() else _load_parts(folder_of(path), model, optimizer, world)
+        scaler = _load_file(path, names, optimizer, world) if path.is_file() else _load_parts(folder_of(path), names, optimizer, world)
     except (OSError, KeyError, ValueError, RuntimeError) as problem:
         raise CheckpointError(f"{path}: the optimizer state cannot be read: {str(problem).splitlines()[0]}") from None
     if scale is not None:
         scale.load_state_dict(scaler)
 
 
-def names_of(model: Any) -> dict[Any, str]:
-    """The name of each parameter; that of the wrappers of checkpointing and compilation left out."""
+def names_of(model: Any, aliases: Mapping[str, str] | None = None) -> dict[Any, str]:
+    """The name of each parameter in the whole model: that of the wrappers of checkpointing and compilation left out.
+
+    ``aliases`` are other names by which a stage of a pipeline has what another stage has too.
+    """
     return {
-        parameter: name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "") for name, parameter in model.named_parameters()
+        parameter: (aliases or {}).get(name, name).replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+        for name, parameter in model.named_parameters()
     }
+
+
+def _order(names: Names, optimizer: Optimizer) -> list[str]:
+    """The names of the parameters of ``optimizer``, as its state_dict counts them."""
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
-def _load_file(path: Path, model: Any, optimizer: Optimizer, device: torch.device) -> dict[str, Any]:
+def _load_file(path: Path, names: Names, optimizer: Optimizer, world: World) -> dict[str, Any]:
     """The state of the loss scale; that of the optimizer is put in."""
-    saved = torch.load(path, map_location=device, weights_only=True)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if not any(isinstance(parameter, DTensor) for parameter in parameters):
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    own = _order(names, optimizer)
+    there = saved.get("names", own)
+    if own == there and not any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"]):
         optimizer.load_state_dict(saved["optimizer"])
         return dict(saved["scaler"])
-    for saved_group in saved["optimizer"]["param_groups"]:
-        alike = {parameter for group in optimizer.param_groups if group["kind"] == saved_group["kind"] for parameter in group["params"]}
-        ordered = [parameter for parameter in model.parameters() if parameter in alike]  # as in a group of one process
-        for number, parameter in zip(saved_group["params"], ordered, strict=True):
-            own = saved["optimizer"]["state"].get(number)
-            if own is not None:
-                optimizer.state[parameter] = {key: _like(value, parameter) for key, value in own.items()}
-    _put_settings(optimizer, saved["optimizer"]["param_groups"])
+    _refuse_strangers(path, there, own, world)
+    numbers = [number for group in saved["optimizer"]["param_groups"] for number in group["params"]]
+    states = {name: saved["optimizer"]["state"].get(number, {}) for name, number in zip(there, numbers, strict=True)}
+    _put(path, names, optimizer, states, saved["optimizer"]["param_groups"])
     return dict(saved["scaler"])
 
 
-def _put_settings(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
-    """Each group gets what was saved of those of its kind; how many there are of a kind depends on how parameters are spread."""
-    kinds = {saved["kind"]: saved for saved in groups}
-    for group in optimizer.param_groups:
-        group |= {name: value for name, value in kinds[group["kind"]].items() if name != "params"}
+def _refuse_strangers(path: Path, saved: Iterable[str], own: Sequence[str], world: World) -> None:
+    """CheckpointError, in every process, if no process trains a parameter that is ``saved``."""
+    trained = {name for names in world.gather(list(own)) for name in names}
+    if stranger := next((name for name in saved if name not in trained), None):
+        raise CheckpointError(f"{path}: it is of a parameter that is not trained here: {stranger}")
+
+
+def _put(path: Path, names: Names, optimizer: Optimizer, states: dict[str, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+    """``states`` by name and the settings of the saved ``groups``, whose parameters may be grouped otherwise, into ``optimizer``."""
+    own = [(number, parameter) for number, parameter in enumerate(each for group in optimizer.param_groups for each in group["params"])]
+    state = {
+        number: {key: _like(value, parameter) for key, value in states[names[parameter]].items()}
+        for number, parameter in own
+        if states.get(names[parameter])
+    }
+    described, first = [], 0
+    for index, group in enumerate(optimizer.param_groups):
+        numbers = list(range(first, first + len(group["params"])))
+        described.append({**_settings_of(path, optimizer, index, groups), "params": numbers})
+        first += len(numbers)
+    optimizer.load_state_dict({"state": state, "param_groups": described})
+
+
+def _settings_of(path: Path, optimizer: Optimizer, index: int, saved: list[dict[str, Any]]) -> dict[str, Any]:
+    """Those of the ``saved`` group that decays and learns as the ``index``-th of ``optimizer`` was made to, or that has its place."""
+
+    def role(group: dict[str, Any]) -> Any:
+        return group.get("kind", (group.get("weight_decay"), group.get("initial_lr", group["lr"])))
+
+    own = optimizer.param_groups[index]
+    if (found := next((group for group in saved if role(group) == role(own)), None)) is not None:
+        return found
+    if len(saved) != len(optimizer.param_groups):
+        raise CheckpointError(
+            f"{path}: it has {len(saved)} groups of parameters, none of which decays and learns as one here does",
+            hint="keep --learning_rate and --weight_decay when a run goes on in another arrangement of processes",
+        )
+    return saved[index]
 
 
 def _like(value: Any, parameter: Tensor) -> Any:
     """``value`` of the state, cut as ``parameter`` is if it has its shape."""
-    if not isinstance(value, Tensor) or value.shape != parameter.shape:
-        return value
+    if isinstance(value, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value  # the optimizer itself takes numbers to the device where it wants them
     if isinstance(parameter, DTensor):
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return value.to(parameter.device)
+        cut = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return cut.to(parameter.device)  # of the mesh's devices, or main memory
+    return value
 
 
-def _load_parts(folder: Path, model: Any, optimizer: Optimizer, world: World) -> dict[str, Any]:
+def _load_parts(folder: Path, names: Names, optimizer: Optimizer, world: World) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 
     reader = FileSystemReader(folder)
     known: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
-    parameters = {name: parameter for parameter, name in names_of(model).items()}
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
+    entries = {entry: entry.rpartition("/") for entry in known if entry not in (GROUPS, SCALER)}
+    _refuse_strangers(folder, (name for name, _, _ in entries.values()), list(parameters), world)
     wanted: dict[str, Any] = {GROUPS: None, SCALER: None}
-    for entry, about in known.items():
-        name, _, _ = entry.rpartition("/")
-        if entry in wanted:
-            continue
-        if name not in parameters or id(parameters[name]) not in trained:
-            raise CheckpointError(f"{folder}: it is of a parameter that is not trained here: {name}")
-        wanted[entry] = _room(about, parameters[name]) if hasattr(about, "size") else None
+    for entry, (name, _, _) in entries.items():
+        if name in parameters:  # else it is another stage's
+            wanted[entry] = _room(known[entry], parameters[name]) if hasattr(known[entry], "size") else None
     with _quiet():
         load_parts(wanted, storage_reader=reader, no_dist=world.is_alone)
-    for entry, value in wanted.items():
-        name, _, key = entry.rpartition("/")
-        if name:
-            optimizer.state[parameters[name]][key] = value
-    _put_settings(optimizer, json.loads(wanted[GROUPS]))
+    states: dict[str, dict[str, Any]] = {}
+    for entry, (name, _, key) in entries.items():
+        if entry in wanted:
+            states.setdefault(name, {})[key] = wanted[entry]
+    _put(folder, names, optimizer, states, json.loads(wanted[GROUPS]))
     return dict(json.loads(wanted[SCALER]))
 
 

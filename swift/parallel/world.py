@@ -1,6 +1,7 @@
 """The processes of a run: who this one is, and what they tell one another. One process alone needs no torch.distributed."""
 
 import datetime
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,11 +10,9 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from swift.errors import ConfigError
-
-# Set by torchrun and every launcher that speaks its language.
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # By which the accelerators are chosen that a process sees: of NVIDIA, AMD, Ascend and Intel.
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
@@ -125,21 +124,41 @@ def device_of(world: World, count: int, environment: Mapping[str, str] | None = 
     )
 
 
+# Where the processes meet, kept as long as this process lives, and how often they have met. A second store at the same port would
+# find, or be, the first one, with the addresses of groups that are gone.
+_stores: dict[tuple[Any, ...], Any] = {}
+_meetings = itertools.count()
+
+
 @contextmanager
 def join(device: torch.device, *, backend: str | None = None, timeout_s: int = 1800) -> Iterator[World]:
     """The world of this process, joined; left when the block ends. Nothing is set up for a single process.
 
-    ``backend`` is by default what torch has for ``device``: gloo for a CPU, NCCL for CUDA, HCCL for an NPU.
+    ``backend`` is by default what torch has for ``device``: gloo for a CPU, NCCL for CUDA, HCCL for an NPU. Whatever it is,
+    tensors in main memory travel by gloo.
     """
+    if dist.is_initialized():  # a caller has joined already
+        world = read_world()
+        yield World(dist.get_rank(), dist.get_world_size(), world.local_rank, world.local_size)
+        return
     world = read_world()
-    if world.is_alone or dist.is_initialized():  # a caller has joined already
+    if world.is_alone:
         yield world
         return
     if device.type != "cpu":
-        torch.accelerator.set_device_index(device_of(world, torch.accelerator.device_count()))
-    chosen = backend or dist.get_default_backend_for_device(device)
+        if device.index is not None and world.local_size > 1:
+            raise ConfigError(
+                f"--device {device} is one device, and {world.local_size} processes of this machine need one each",
+                hint=f"--device {device.type}: each takes that of its number",
+            )
+        count = torch.accelerator.device_count()
+        torch.accelerator.set_device_index(device_of(world, count) if device.index is None else device.index)
+    chosen, timeout = backend or dist.get_default_backend_for_device(device), datetime.timedelta(seconds=timeout_s)
+    if device.type != "cpu" and chosen not in ("gloo", "mpi"):
+        chosen = f"cpu:gloo,{device.type}:{chosen}"
     try:
-        dist.init_process_group(chosen, timeout=datetime.timedelta(seconds=timeout_s))
+        met = dist.PrefixStore(f"swift-{next(_meetings)}", _store(world, timeout))  # type: ignore[attr-defined]
+        dist.init_process_group(chosen, store=met, rank=world.rank, world_size=world.size, timeout=timeout)
     except (RuntimeError, ValueError, OSError) as problem:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConfigError(f"rank {world.rank} cannot join the others at {where} by {chosen}: {str(problem).splitlines()[0]}") from None
@@ -147,3 +166,11 @@ def join(device: torch.device, *, backend: str | None = None, timeout_s: int = 1
         yield world
     finally:
         dist.destroy_process_group()
+
+
+def _store(world: World, timeout: datetime.timedelta) -> Any:
+    key = (os.getpid(), os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"), world.rank, world.size)
+    if key not in _stores:
+        _stores[key], _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
+    _stores[key].set_timeout(timeout)
+    return _stores[key]

@@ -130,16 +130,13 @@ def check_resumable(path: Path) -> TrainState:
 def load_optimizer(path: Path, *, strategy: Strategy, schedule: Any) -> None:
     """Put the state of ``path`` into optimizer and schedule; the model has its weights before it is spread."""
     strategy.load(path / OPTIMIZER_FILE)
-    schedule.load_state_dict(_of_groups(torch.load(path / SCHEDULE_FILE, weights_only=True), schedule.optimizer))
-
-
-def _of_groups(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """``state`` of a schedule, for the groups of ``optimizer``, whose state is there: their number depends on how weights are spread."""
-    if "lr_lambdas" not in state:
-        return state
-    groups = optimizer.param_groups
-    rates = {"base_lrs": [group["initial_lr"] for group in groups], "_last_lr": [group["lr"] for group in groups]}
-    return state | rates | {"lr_lambdas": state["lr_lambdas"][:1] * len(groups)}
+    saved = torch.load(path / SCHEDULE_FILE, weights_only=True)
+    # What it keeps for each group of parameters is taken from the groups here: another arrangement of processes has others.
+    own = {name: value for name, value in schedule.state_dict().items() if isinstance(value, list)}
+    for name, key in (("base_lrs", "initial_lr"), ("_last_lr", "lr")):
+        if name in own:
+            own[name] = [group.get(key, value) for group, value in zip(schedule.optimizer.param_groups, own[name], strict=True)]
+    schedule.load_state_dict({**saved, **own})
 
 
 def prune(run: RunDirectory, keep: int, *, best_step: int | None) -> None:

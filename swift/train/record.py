@@ -11,7 +11,7 @@ from swift.config.commands import SftConfig
 from swift.config.options import to_dict
 from swift.data.collate import documents
 from swift.data.load import write_rejected
-from swift.errors import ConfigError
+from swift.errors import ConfigError, TrainingError
 from swift.files import write_json, write_text
 from swift.model.checkpoints import find_checkpoint
 from swift.train import report
@@ -85,13 +85,24 @@ def _compare(run: RunDirectory, arguments: dict[str, object]) -> None:
         console.warn(f"this is no longer the run that was begun: {told}")
 
 
-def write_rows(path: Path, step: int, problem: str, passes: Sequence[Sequence[Any]], tokenizer: Any) -> None:
-    """The sequences of a step's forward passes, whole, with what is wrong with them."""
-    rows = []
-    for example in documents(list(itertools.chain.from_iterable(passes))):
-        ids, labels = ([int(value) for value in example[name]] for name in ("input_ids", "labels"))
-        rows.append({"input_ids": ids, "labels": labels, "text": tokenizer.decode(ids)})
-    write_json(path, {"step": step, "problem": problem, "rows": rows})
+def with_rows_dumped(
+    problem: TrainingError, run: RunDirectory, step: int, passes: Sequence[Sequence[Any]], tokenizer: Any, reader: str | None
+) -> TrainingError:
+    """The error with the place of a file that holds the sequences of ``step``, each by itself and whole.
+
+    ``reader`` names the one of several that has seen them; None if another process writes them, "" if there is one alone.
+    """
+    if reader is not None:
+        rows = []
+        for example in documents(list(itertools.chain.from_iterable(passes))):
+            ids, labels = ([int(value) for value in example[name]] for name in ("input_ids", "labels"))
+            rows.append({"input_ids": ids, "labels": labels, "text": tokenizer.decode(ids)})
+        write_json(run / f"bad-step-{step}{reader}.json", {"step": step, "problem": problem.message, "rows": rows})
+    files = run / (f"bad-step-{step}.json" if reader == "" else f"bad-step-{step}*.json")
+    return TrainingError(
+        f"step {step}: {problem.message}; its rows are in {files}",
+        hint="lower --learning_rate, look at the rows, or train in bf16 or float32",
+    )
 
 
 def say_farewell(config: SftConfig, result: TrainResult) -> None:

@@ -198,7 +198,7 @@ def precompute(
     The cache knows them by a digest of the weights, the config and the tokens, and of nothing that is merely called the same.
     """
     frozen = Frozen(Policy(model))
-    weights = digest_of(model)
+    weights = digest_of(model) if world.is_main else ""  # which alone looks into the cache
     with strategy.autocast():
         precision = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "as weights"
     for encoded in rows:

@@ -47,8 +47,8 @@ from swift.train.prepare import (
     prepare_data,
     rows_of_a_step,
 )
-from swift.train.record import describe, say_farewell, what_to_resume, write_rows
-from swift.train.rundir import RunDirectory, new_run_path
+from swift.train.record import describe, say_farewell, what_to_resume, with_rows_dumped
+from swift.train.rundir import RunDirectory, check_agreed, check_shared, new_run_path
 from swift.train.state import TrainResult, TrainState
 from swift.train.steps import Place, Step, Steps, passes_of, plan_steps
 from swift.train.tasks import LOWER_IS_BETTER, evaluate_tasks, read_tasks, task_text
@@ -70,6 +70,7 @@ def _train(config: SftConfig, world: World) -> TrainResult | None:
     if arrangement.is_sharded and config.gradient_checkpointing is None:
         config.derive("gradient_checkpointing", choose_device(config.device).type != "cpu", f"--strategy {arrangement.strategy}")
     resume_run, resume_from = what_to_resume(config)
+    check_agreed(world, resume_from)
     saved = check_resumable(resume_from) if resume_from is not None and not config.resume_only_model else None
     with world.main_first():
         snapshot = hub.resolve(
@@ -91,6 +92,8 @@ def _train(config: SftConfig, world: World) -> TrainResult | None:
     with RunDirectory(world.broadcast(path), owns=world.is_main) as run:
         if world.is_main:
             describe(run, config, snapshot, data, is_resumed=resume_run is not None)
+        if arrangement.is_sharded:
+            check_shared(run, world, choose_device(config.device))
         loaded = load_for_training(config, snapshot.path, device="cpu" if arrangement.is_sharded else config.device)
         how: dict[str, Any] = {"world": world, "arrangement": arrangement, "resume_from": resume_from, "reference": reference}
         result = Session(config, run, data, steps, loaded, tasks, **how).run_to_end()
@@ -129,6 +132,7 @@ class Session:
         self.is_flat = all([choose_flat(config, model) for model in (loaded.model, second) if model is not None])
         dtype, (tokens, _) = autocast_dtype(config, loaded.dtype), largest_pass(config, steps, is_flat=self.is_flat)
         self.strategy = make_strategy(config, arrangement, world, self.device, dtype, tokens=tokens, is_flat=self.is_flat)
+        self.rows_of = arrangement.named_reader(world.rank)
         self.reader, self.stream, self.is_split = arrangement.reader(world.rank), arrangement.stream(world.rank), self.strategy.shards
         if not config.torch_compile:
             use_lean_norms(loaded.model)
@@ -216,7 +220,7 @@ class Session:
                 reference=self.reference,
             )
         except TrainingError as problem:
-            raise self._with_rows_dumped(problem, step) from problem
+            raise with_rows_dumped(problem, self.run, state.global_step + 1, step.passes, self.tokenizer, self.rows_of) from problem
         rate = self.optimizer.param_groups[0]["lr"]
         if result.was_applied:
             self.schedule.step()
@@ -254,8 +258,10 @@ class Session:
             values = evaluate(self.policy, parts, objective=self.objective, strategy=self.strategy, reference=self.reference)
         if self.tasks is not None:
             progress.unwatch("evaluate tasks")
-            own = evaluate_tasks(self.tasks, self.loaded, self.model, is_compiled=self.config.torch_compile) if self.world.is_main else {}
-            values |= self.world.broadcast(own)
+            if self.world.is_main:
+                values |= evaluate_tasks(self.tasks, self.loaded, self.model, is_compiled=self.config.torch_compile)
+        # Processes that share a layer may differ in the last bit. What is saved, and when a run ends, must not.
+        values = self.world.broadcast(values)
         self.state.log_history.append(self.trackers.log(self.state.global_step, self.state.epoch, values))
         if self.state.global_step == 0:
             return  # what came before training is no result of it
@@ -385,14 +391,3 @@ class Session:
 
     def _on_stop(self) -> None:
         console.notice("stopping after this step; press Ctrl-C again to stop at once")
-
-    def _with_rows_dumped(self, problem: TrainingError, step: Step) -> TrainingError:
-        """The error with the place of a file that holds the step's rows, each by itself and whole."""
-        at = self.state.global_step + 1
-        path = self.run / f"bad-step-{at}.json"
-        if self.world.is_main:
-            write_rows(path, at, problem.message, step.passes, self.tokenizer)
-        return TrainingError(
-            f"step {at}: {problem.message}; its rows are in {path}",
-            hint="lower --learning_rate, look at the rows, or train in bf16 or float32",
-        )

@@ -7,10 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from swift import progress
 from swift.errors import CheckpointError, MachineError
 from swift.files import explain_os_errors
 from swift.model.checkpoints import checkpoints_in
+from swift.parallel.world import World
 
 STATE_FILE = "trainer_state.json"
 
@@ -68,3 +71,25 @@ def new_run_path(output_dir: Path, *, add_version: bool) -> Path:
         return output_dir
     numbers = [int(match[1]) for path in output_dir.glob("v*-*") if (match := re.fullmatch(r"v(\d+)-\d{8}-\d{6}", path.name))]
     return output_dir / f"v{max(numbers, default=-1) + 1}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def check_agreed(world: World, checkpoint: Path | None) -> None:
+    """CheckpointError, in every process, if they have not found the same ``checkpoint`` to go on from."""
+    found = world.gather(None if checkpoint is None else checkpoint.name)
+    if len(set(found)) > 1:
+        other = next(rank for rank, name in enumerate(found) if name != found[0])
+        raise CheckpointError(
+            f"rank 0 goes on from {found[0]}, and rank {other} from {found[other]}", hint="put the run on a disk that all machines see"
+        )
+
+
+def check_shared(run: RunDirectory, world: World, device: torch.device, *, patience_s: float = 10) -> None:
+    """MachineError, in every process, if some process does not see ``run``: each writes its parts of a checkpoint into it."""
+    if world.is_alone:
+        return
+    world.barrier()
+    end = time.monotonic() + patience_s  # a network disk may show it later
+    while not (is_there := (run / ".lock").exists()) and time.monotonic() < end:
+        time.sleep(0.1)
+    if world.any(not is_there, device):
+        raise MachineError(f"{run.path} is not on a disk that all processes see", hint="choose another --output_dir")

@@ -11,6 +11,7 @@ import transformers.models.llama.modeling_llama
 import swift.parallel.spread
 import swift.train.run
 from tests.ranks import run_ranks
+from tests.tiny import make_model
 
 # What each forked process would import by itself.
 PREPARED = (matplotlib.pyplot, peft, transformers.models.llama.modeling_llama, swift.parallel.spread, swift.train.run)
@@ -59,3 +60,23 @@ def test_two_processes_compare_as_one(tiny_model, tmp_path):
             assert len(found) == len(wanted) == 4
             for line, expected in zip(found, wanted, strict=True):
                 assert line == pytest.approx(expected, rel=2e-4, abs=2e-6), options
+
+
+def _both(model, rows, out, options):
+    """What copies of weights of four bits, and parts of them, log."""
+    return [train(model, rows, out / str(len(more)), {**options, **more}) for more in ({}, {"fsdp": "fsdp2"})]
+
+
+def test_pairs_on_weights_of_four_bits_compare_as_one(tmp_path):
+    rows = tmp_path / "pairs.jsonl"
+    with rows.open("w") as file:
+        for number in range(16):
+            row = {"query": f"question {number}", "response": "snow " * (1 + number % 5), "rejected_response": f"rain {number}"}
+            file.write(json.dumps(row) + "\n")
+    model = make_model(tmp_path / "model", hidden_size=64, intermediate_size=128)
+    options = {"quant_bits": 4, "lora_dropout": 0.0, "max_steps": 2, "eval_steps": 2}
+    wanted = train(model, rows, tmp_path / "one", {**options, "gradient_accumulation_steps": 4})
+    for both in run_ranks(2, _both, model, rows, tmp_path, {**options, "gradient_accumulation_steps": 2}):
+        for found in both:
+            for line, expected in zip(found, wanted, strict=True):
+                assert line == pytest.approx(expected, rel=2e-4, abs=2e-6)

@@ -192,6 +192,8 @@ def test_weights_of_four_bits_are_sharded_too(rows, tmp_path):
         ({"strategy": "single"}, "--strategy single is for one process, and there are 2"),
         ({"eval_dataset": ["mmlu"], "fsdp": "fsdp2"}, "--eval_dataset and --strategy fsdp2 cannot be combined"),
         ({"expert_model_parallel_size": 2, "deepspeed": "zero2"}, "--expert_model_parallel_size 2 and --strategy deepspeed cannot"),
+        ({"pipeline_model_parallel_size": 2, "router_aux_loss_coef": 0.1}, "--router_aux_loss_coef and --pipeline_model_parallel_size 2"),
+        ({"sequence_parallel_size": 2, "torch_compile": True}, "--torch_compile and --sequence_parallel_size 2 cannot be combined"),
         ({"tensor_model_parallel_size": 2, "quant_bits": 4}, "--quant_method bnb and --tensor_model_parallel_size 2 cannot be combined"),
     ],
 )

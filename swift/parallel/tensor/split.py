@@ -136,9 +136,9 @@ class _Trial:
             for parameter in parameters:
                 parameter.requires_grad_(True)
             with evaluating(self.model), torch.enable_grad():
-                logits = self.model(input_ids=self.ids, use_cache=False).logits[0].float()
+                logits = self.model(input_ids=self.ids, use_cache=False).logits[0]  # in their precision, of which is_close judges
                 direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device)
-                found = torch.autograd.grad((logits * direction).sum(), parameters, allow_unused=True)
+                found = torch.autograd.grad((logits.float() * direction).sum(), parameters, allow_unused=True)
         finally:
             for parameter, was_trained in zip(parameters, were_trained, strict=True):
                 parameter.requires_grad_(was_trained)
