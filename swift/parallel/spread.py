@@ -89,8 +89,8 @@ class Spread:
                 cpu_offload=self.cpu_offload,
                 reshard_after_forward=self.reshard_after_forward,
             )
-            if not self.cpu_offload:
-                model.to(self.device)  # buffers
+        if not (self.cuts_parameters and self.cpu_offload):
+            model.to(self.device)  # what is left, and buffers
         self.model = model
         self.optimizer = make_optimizer(model)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,5 +1,6 @@
 """From options to a model that is ready to be tuned."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from swift.engine.load import quantization
 from swift.errors import ConfigError
 from swift.model.device import choose_device
 from swift.model.load import Loaded, load_model, quantization_of
+from swift.model.mapped import MappedWeights
 from swift.model.noise import add_noise
 from swift.model.policy import packing_fault
 from swift.model.quantized import format_of
@@ -20,8 +22,10 @@ from swift.train.compile import check_backend
 from swift.train.liger import check_device, use_liger_kernels
 
 
-def load_for_training(config: SftConfig | ModelOptions, path: Path, *, device: str | None = None) -> Loaded:
-    """The model with gradient checkpointing, quantization and noise as ``config`` says; on ``device`` if it is another than --device.
+def load_for_training(config: SftConfig | ModelOptions, path: Path, *, weights: MappedWeights | None = None) -> Loaded:
+    """The model with gradient checkpointing, quantization and noise as ``config`` says; in main memory if it is to be cut.
+
+    It is cut if there are ``weights``, which it then maps.
 
     Weights that are trained themselves are float32 when the step computes in float16: their updates are too small for it.
     """
@@ -40,14 +44,15 @@ def load_for_training(config: SftConfig | ModelOptions, path: Path, *, device: s
             console.notice("full tuning in float16 keeps the weights in float32 and computes in float16")
             config.derive("fp16", True, "torch_dtype float16")
         torch_dtype = "float32"
-    loaded = load_model(
-        path,
-        torch_dtype=torch_dtype,
-        attn_impl=config.attn_impl,
-        device=device or config.device,
-        quantization=quantization(config),
-        chat_template=read_template(config.chat_template),
-    )
+    with weights.watching() if weights is not None else contextlib.nullcontext():
+        loaded = load_model(
+            path,
+            torch_dtype=torch_dtype,
+            attn_impl=config.attn_impl,
+            device=config.device if weights is None else "cpu",
+            quantization=quantization(config),
+            chat_template=read_template(config.chat_template),
+        )
     model = loaded.model
     if config.use_liger_kernel:
         use_liger_kernels(model)
@@ -56,6 +61,8 @@ def load_for_training(config: SftConfig | ModelOptions, path: Path, *, device: s
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         keep_gradients(model)
+    if weights is not None:
+        weights.keep(model)
     if config.gradient_checkpointing is None and isinstance(config, ModelOptions):  # a run chooses from its rows
         is_on = loaded.device.type != "cpu"
         config.derive("gradient_checkpointing", is_on, "off on a CPU, where memory is cheap" if not is_on else "saves memory")

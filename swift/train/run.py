@@ -26,6 +26,7 @@ from swift.model.norms import use_lean_norms
 from swift.model.policy import probe_ids
 from swift.model.tokenizer import pad_token_id
 from swift.parallel.choose import Arrangement, arrange, make_policy, make_strategy
+from swift.parallel.mapped import mapped_weights
 from swift.parallel.world import World, join
 from swift.train import checkpoint as checkpoints
 from swift.train import reference as references
@@ -91,9 +92,10 @@ def _train(config: SftConfig, world: World) -> TrainResult | None:
     with RunDirectory(world.broadcast(path), owns=world.is_main) as run:
         if world.is_main:
             describe(run, config, snapshot, data, is_resumed=resume_run is not None)
-        loaded = load_for_training(config, snapshot.path, device="cpu" if arrangement.is_sharded else config.device)
         how: dict[str, Any] = {"world": world, "arrangement": arrangement, "resume_from": resume_from, "reference": reference}
-        result = Session(config, run, data, steps, loaded, tasks, **how).run_to_end()
+        with mapped_weights(world) if arrangement.is_sharded else contextlib.nullcontext() as weights:
+            session = Session(config, run, data, steps, load_for_training(config, snapshot.path, weights=weights), tasks, **how)
+        result = session.run_to_end()
     say_farewell(config, result)
     return result
 
@@ -120,9 +122,8 @@ class Session:
         self.checkpoints = checkpoints.Checkpoints(run, world, in_background=config.async_save, then=self._tidy)
         self.tokenizer, self.loaded, self.tasks = loaded.tokenizer, loaded, tasks
         self.objective = references.make_objective(config)
-        self.tuner = TUNERS.get(config.tuner_type)()
+        self.tuner, self.is_new_best = TUNERS.get(config.tuner_type)(), False
         self.before: list[str] | None = None
-        self.is_new_best = False
         if config.report_samples and config.changes_base and world.is_main:
             self.before = report.answers(loaded.model, self.tokenizer, data, config)
         second = references.load_second_model(config, loaded, reference.path if reference else None)
