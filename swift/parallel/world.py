@@ -3,6 +3,7 @@
 import datetime
 import itertools
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,12 @@ class World:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)
         return found
+
+    def of_machine(self, value: Any) -> Any:
+        """What the first process of this machine has as ``value``, in every process of the machine."""
+        host = socket.gethostname()
+        found = self.gather((host, self.local_rank, value))
+        return value if self.local_rank == 0 else next(other for name, local, other in found if (name, local) == (host, 0))
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether ``flag`` is true in some process; the same answer in all of them."""

@@ -1,5 +1,6 @@
 """From options to a model that is ready to be tuned."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from swift.engine.load import quantization
 from swift.errors import ConfigError
 from swift.model.device import choose_device
 from swift.model.load import Loaded, load_model, quantization_of
+from swift.model.mapped import MappedWeights
 from swift.model.noise import add_noise
 from swift.model.policy import packing_fault
 from swift.model.quantized import format_of
@@ -21,8 +23,12 @@ from swift.train.liger import check_device, use_liger_kernels
 from swift.tuner.base import parameter_counts
 
 
-def load_for_training(config: SftConfig | ModelOptions, path: Path, *, device: str | None = None) -> Loaded:
+def load_for_training(
+    config: SftConfig | ModelOptions, path: Path, *, device: str | None = None, weights: MappedWeights | None = None
+) -> Loaded:
     """The model with gradient checkpointing, quantization and noise as ``config`` says; on ``device`` if it is another than --device.
+
+    What loading computes lies in ``weights``, if there are any.
 
     Weights that are trained themselves are float32 when the step computes in float16: their updates are too small for it.
     """
@@ -41,14 +47,15 @@ def load_for_training(config: SftConfig | ModelOptions, path: Path, *, device: s
             console.notice("full tuning in float16 keeps the weights in float32 and computes in float16")
             config.derive("fp16", True, "torch_dtype float16")
         torch_dtype = "float32"
-    loaded = load_model(
-        path,
-        torch_dtype=torch_dtype,
-        attn_impl=config.attn_impl,
-        device=device or config.device,
-        quantization=quantization(config),
-        chat_template=read_template(config.chat_template),
-    )
+    with weights.watching() if weights is not None else contextlib.nullcontext():
+        loaded = load_model(
+            path,
+            torch_dtype=torch_dtype,
+            attn_impl=config.attn_impl,
+            device=device or config.device,
+            quantization=quantization(config),
+            chat_template=read_template(config.chat_template),
+        )
     model = loaded.model
     if config.use_liger_kernel:
         use_liger_kernels(model)
@@ -58,6 +65,8 @@ def load_for_training(config: SftConfig | ModelOptions, path: Path, *, device: s
         tell_unquantized(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         keep_gradients(model)
+    if weights is not None:
+        weights.keep(model)
     if config.gradient_checkpointing is None and isinstance(config, ModelOptions):  # a run chooses from its rows
         is_on = loaded.device.type != "cpu"
         config.derive("gradient_checkpointing", is_on, "off on a CPU, where memory is cheap" if not is_on else "saves memory")

@@ -46,6 +46,16 @@ def free_bytes(device: torch.device, *, root: Path = Path("/")) -> int | None:
     return min([*available, *_left_in_groups(root)], default=None)
 
 
+def is_scarce(model: Path, processes: int) -> bool:
+    """Whether main memory may become short when each of so many ``processes`` loads all of ``model``, before it is cut.
+
+    Loading makes a number at most twice as wide as its file has it. Half of what is free is left for what follows.
+    """
+    free = free_bytes(torch.device("cpu"))
+    loaded = 2 * sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    return free is not None and processes * loaded > free / 2
+
+
 def _left_in_groups(root: Path) -> list[int]:
     """Bytes that each control group of this process, of either version, leaves; page cache that can go is counted as free."""
     try:

@@ -26,6 +26,7 @@ from swift.model.norms import use_lean_norms
 from swift.model.policy import probe_ids
 from swift.model.tokenizer import pad_token_id
 from swift.parallel.choose import Arrangement, arrange, make_policy, make_strategy
+from swift.parallel.mapped import mapped_weights
 from swift.parallel.world import World, join
 from swift.train import checkpoint as checkpoints
 from swift.train import reference as references
@@ -35,7 +36,7 @@ from swift.train.build import autocast_dtype, choose_flat, load_for_training
 from swift.train.checkpoint import check_resumable, load_optimizer
 from swift.train.compile import compile_blocks
 from swift.train.loop import StepResult, StopRequest, add_to_window, ahead, close_window, evaluate, seed_step, train_step
-from swift.train.memory import peak_memory_gib
+from swift.train.memory import is_scarce, peak_memory_gib
 from swift.train.optim import make_optimizer, make_schedule
 from swift.train.prepare import (
     Data,
@@ -94,9 +95,12 @@ def _train(config: SftConfig, world: World) -> TrainResult | None:
             describe(run, config, snapshot, data, is_resumed=resume_run is not None)
         if arrangement.is_sharded:
             check_shared(run, world, choose_device(config.device))
-        loaded = load_for_training(config, snapshot.path, device="cpu" if arrangement.is_sharded else config.device)
         how: dict[str, Any] = {"world": world, "arrangement": arrangement, "resume_from": resume_from, "reference": reference}
-        result = Session(config, run, data, steps, loaded, tasks, **how).run_to_end()
+        is_cut = arrangement.is_sharded
+        with mapped_weights(world, is_needed=is_cut and is_scarce(snapshot.path, world.local_size)) as weights:
+            loaded = load_for_training(config, snapshot.path, device="cpu" if is_cut else None, weights=weights)
+            session = Session(config, run, data, steps, loaded, tasks, **how)
+        result = session.run_to_end()
     say_farewell(config, result)
     return result
 
@@ -123,9 +127,8 @@ class Session:
         self.checkpoints = checkpoints.Checkpoints(run, world, in_background=config.async_save, then=self._tidy)
         self.tokenizer, self.loaded, self.tasks = loaded.tokenizer, loaded, tasks
         self.objective = references.make_objective(config)
-        self.tuner = TUNERS.get(config.tuner_type)()
+        self.tuner, self.is_new_best = TUNERS.get(config.tuner_type)(), False
         self.before: list[str] | None = None
-        self.is_new_best = False
         if config.report_samples and config.changes_base and world.is_main:
             self.before = report.answers(loaded.model, self.tokenizer, data, config)
         second = references.load_second_model(config, loaded, reference.path if reference else None)

@@ -39,13 +39,18 @@ class FullTuner:
         state: dict[str, Any] = {}
         for file in sorted(path.glob("*.safetensors")):
             state.update(read_tensors(file))
+        names, own = set(state), model.state_dict(keep_vars=True)
+        for name in names & own.keys():
+            target, tensor = own[name], state[name]
+            if (target.shape, target.dtype, target.device) == (tensor.shape, tensor.dtype, tensor.device):
+                target.data = state.pop(name)  # mapped from the file: memory is taken where it is changed
         try:
             outcome = model.load_state_dict(state, strict=False)
         except RuntimeError as problem:
             first = str(problem).splitlines()[1].strip()
             raise CheckpointError(f"{path}: the weights do not fit this model: {first}") from None
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        other = [name for name in outcome.missing_keys if name not in tied] + list(outcome.unexpected_keys)
+        other = [name for name in outcome.missing_keys if name not in tied | names] + list(outcome.unexpected_keys)
         if other:
             model.load_state_dict(_as_modules_have_it(model, path, other[0]))
         model.tie_weights()

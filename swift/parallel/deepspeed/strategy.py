@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
@@ -82,6 +82,8 @@ class DeepSpeed:
         # DeepSpeed reads it, also of a process that is alone and that no launcher started.
         os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))
         optimizer = make_optimizer(model)
+        if self.stage == 3 and not self.world.is_alone:
+            self._cut(filled)
         entry = Entry(model)
         # DeepSpeed's own optimizer, if the file names one, has our groups: no decay for biases and norms.
         is_own = "optimizer" in filled
@@ -120,6 +122,24 @@ class DeepSpeed:
             pairs = zip(flat(optimizer.fp32_groups), flat(optimizer.fp16_groups), strict=True)
         for kept, used in pairs:
             kept.data.copy_(used.data)
+
+    def _cut(self, filled: dict[str, Any]) -> None:
+        """Leave this process's part of each parameter, one after the other, in the precision of the computation.
+
+        DeepSpeed casts all of them before it cuts the first, and on a CPU writes what the first process has into the others'
+        whole ones: pages of a file that are written to are memory until all of the file is let go.
+        """
+        self.package.init_distributed(dist_init_required=False)
+        first: Any = None
+        for parameter in self.model.parameters():
+            dtype = self.dtype if parameter.is_floating_point() and self.dtype is not None else parameter.dtype
+            parameter.data = parameter.data.to(dtype, copy=True)
+            if first is None:
+                first = parameter
+                with _quiet():
+                    self.package.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=filled, dtype=dtype)
+            else:
+                first.convert_to_zero_parameters(param_list=[parameter])
 
     def _register_head(self, entry: Entry) -> None:
         """Tell ZeRO-3 of weights that are used outside of their modules: our losses multiply by the head's themselves."""

@@ -10,6 +10,7 @@ from torch.distributed.tensor.placement_types import Placement, Shard
 
 from swift.errors import ConfigError
 from swift.model.collectives import Group, chunk_size
+from swift.model.mapped import is_mapped
 from swift.model.policy import evaluating, is_close, probe_ids
 from swift.model.vocabulary import VocabularyPart, all_agree
 from swift.parallel.tensor.layers import Columns, Embedding, Entrance, Experts, Local, Plain, RotaryKey, Rows, SplitInput
@@ -41,7 +42,7 @@ def split_layers(model: Any, mesh: DeviceMesh) -> None:
 
 
 def _distribute(model: Any, plan: Plan, mesh: DeviceMesh) -> None:
-    """Each parameter as a DTensor, in memory of its own; the whole one is let go."""
+    """Each parameter as a DTensor, in memory of its own, or that of a file; the whole one is let go."""
     made: dict[int, nn.Parameter] = {}
     kept: list[Any] = []  # while they are looked up by id
     for module in model.modules():
@@ -64,7 +65,8 @@ def _as_dtensor(tensor: Tensor, mesh: DeviceMesh, placement: Placement) -> DTens
         length = chunk_size(tensor.shape[placement.dim], mesh.size())
         first = min(mesh.get_local_rank() * length, tensor.shape[placement.dim])
         own = tensor.narrow(placement.dim, first, min(length, tensor.shape[placement.dim] - first))
-        own = own.clone(memory_format=torch.contiguous_format)
+        if not (is_mapped(tensor) and own.is_contiguous()):  # rows of a file need no memory: they may be cut once more
+            own = own.clone(memory_format=torch.contiguous_format)
     return DTensor.from_local(own, mesh, [placement], run_check=False, shape=tensor.shape, stride=tensor.contiguous().stride())
 
 
