@@ -20,7 +20,7 @@ from swift.model.attention import use_packed_attention
 from swift.model.load import load_model
 from swift.model.policy import Policy
 from swift.objectives import OBJECTIVES
-from swift.parallel.world import NAMES, join
+from swift.parallel.world import join
 from swift.train.loop import train_step
 from swift.train.optim import make_optimizer
 from tests.ranks import run_ranks
@@ -263,7 +263,7 @@ def train(model, rows, out, more):
 
 def train_alone(*arguments):
     """As a process that no launcher started."""
-    for name in NAMES:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     return train(*arguments)
 
