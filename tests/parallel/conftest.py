@@ -5,7 +5,8 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def prepared():
-    import matplotlib.pyplot
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure
     import peft
     import rich.progress
     import rich.table

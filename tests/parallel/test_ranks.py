@@ -215,7 +215,10 @@ def test_a_run_goes_on_in_another_number_of_processes(tiny_model, rows, tmp_path
     assert (tmp_path / "copies/checkpoint-1/optimizer.pt").is_file()
     wanted = weights(tmp_path / "copies", 2)
     assert differs(weights(tmp_path / "parts", 2), wanted) < 2e-4
-    for begun, size, more in (("parts", 4, {"fsdp": "fsdp2"}), ("parts", 1, {}), ("parts", 2, {}), ("copies", 4, {"fsdp": "fsdp2"})):
+    again = [("parts", 1, {}), ("copies", 4, {"fsdp": "fsdp2"})]  # of an adapter, whose state is that of fewer weights
+    if tuner == "full":
+        again += [("parts", 4, {"fsdp": "fsdp2"}), ("parts", 2, {})]
+    for begun, size, more in again:
         out = tmp_path / f"{begun}-{size}-{len(more)}"
         shutil.copytree(tmp_path / begun, out)
         shutil.rmtree(out / "checkpoint-2")
