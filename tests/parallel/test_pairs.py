@@ -28,7 +28,7 @@ def train(model, rows, out, options):
 def test_two_processes_compare_as_one(tiny_model, tmp_path):
     rows = tmp_path / "pairs.jsonl"
     with rows.open("w") as file:
-        for number in range(7):
+        for number in range(11):
             row = {
                 "query": f"question {number} of the weather",
                 "response": "snow " * (1 + number % 5),
@@ -36,17 +36,17 @@ def test_two_processes_compare_as_one(tiny_model, tmp_path):
             }
             file.write(json.dumps(row) + "\n")
     lora, full = {"lora_dropout": 0.0}, {"tuner_type": "full"}
-    # Four pairs a step of the five, and at the end of the epoch one: a process without a pair fills the gap.
+    # Six pairs of the nine, and three at the end of the epoch: the process with one of them fills the gap, with what must not count.
     one = [
-        train(tiny_model, rows, tmp_path / name, {**kind, "gradient_accumulation_steps": 4}) for name, kind in (("l", lora), ("f", full))
+        train(tiny_model, rows, tmp_path / name, {**kind, "gradient_accumulation_steps": 6}) for name, kind in (("l", lora), ("f", full))
     ]
     cases = [(lora, one[0]), ({**lora, "fsdp": "fsdp2"}, one[0]), ({**full, "precompute_ref_log_probs": True}, one[1])]
     cases.append(({**full, "fsdp": "fsdp2"}, one[1]))
-    shared = {"gradient_accumulation_steps": 4}  # both processes see the same pairs
+    shared = {"gradient_accumulation_steps": 6}  # both processes see the same pairs
     cases.append(({**lora, **shared, "tensor_model_parallel_size": 2}, one[0]))
     cases += [({**full, **shared, name: 2}, one[1]) for name in ("tensor_model_parallel_size", "sequence_parallel_size")]
     for number, (options, wanted) in enumerate(cases):
-        given = {"gradient_accumulation_steps": 2, **options}
+        given = {"gradient_accumulation_steps": 3, **options}
         for found in run_ranks(2, train, tiny_model, rows, tmp_path / str(number), given):
             assert len(found) == len(wanted) == 3
             for line, expected in zip(found, wanted, strict=True):
