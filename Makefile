@@ -21,7 +21,8 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing swift-llm and its dependencies into $(VENV): some minutes the first time"
-	@PIP_ROOT_USER_ACTION=ignore $(PIP) install --constraint constraints-cpu.txt --editable '.[dev]'
+	@PIP_ROOT_USER_ACTION=ignore $(PIP) install --no-compile --constraint constraints-cpu.txt --editable '.[dev]'
+	@$(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores, which pip does on one; some files are templates
 	@touch $@
 
 demo: venv  ## fine-tune a small real model on winter weather notices, and show before and after

@@ -114,9 +114,10 @@ def each_preset(model, tuner, presets):
     return found
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-def test_every_preset_trains_as_one_process(untied, tuner):
-    presets = [(name, index % 2 == 1) for index, name in enumerate(PRESETS)]
+# Weights that are not trained matter where parameters are cut, and where trained ones alone are.
+@pytest.mark.parametrize(("tuner", "names"), [("full", PRESETS), ("lora", ("zero2", "zero3"))])
+def test_every_preset_trains_as_one_process(untied, tuner, names):
+    presets = [(name, PRESETS.index(name) % 2 == 1) for name in names]
     wanted = {flat: alone(untied, tuner, flat=flat) for flat in (False, True)}
     every, trained = (39_072, 39_072) if tuner == "full" else (43_168, 4_096)
     first, second = run_ranks(2, each_preset, untied, tuner, presets)

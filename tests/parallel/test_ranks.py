@@ -5,17 +5,11 @@ import math
 import shutil
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot
-import peft
 import pytest
 import torch
-import transformers.models.llama.modeling_llama
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import swift.parallel.spread
-import swift.train.run
 from swift.config.commands import SftConfig
 from swift.config.options import build
 from swift.errors import ConfigError
@@ -25,13 +19,12 @@ from swift.parallel.world import World, device_of
 from tests.ranks import run_ranks
 from tests.tiny import make_model, make_tokenizer
 
-# What each forked process would import by itself.
-PREPARED = (matplotlib.pyplot, peft, transformers.models.llama.modeling_llama, swift.parallel.spread, swift.train.run)
 pytestmark = pytest.mark.multi
+# The loss of step 2 is that of what step 1 has made of the weights, and the weights after it come from both moments of Adam.
 OPTIONS = {
     "add_version": False,
     "report_to": "none",
-    "max_steps": 4,
+    "max_steps": 2,
     "per_device_train_batch_size": 2,
     "learning_rate": 1e-2,
     "logging_steps": 1,
@@ -77,14 +70,13 @@ def differs(found, wanted) -> float:
 # name: (processes, options, share of all weights that a process holds, share of the optimizer's state, of the whole)
 FULL = {
     "ddp": (2, {"padding_free": False}, 1, 1),
-    "fsdp2": (4, {"fsdp": "full_shard auto_wrap"}, 1 / 4, 1 / 4),
+    "fsdp2": (2, {"fsdp": "full_shard auto_wrap"}, 1 / 2, 1 / 2),
     "offload": (
         2,
         {"fsdp": "fsdp2", "fsdp_cpu_offload": True, "fsdp_reshard_after_forward": False, "gradient_checkpointing": True},
         1 / 2,
         1 / 2,
     ),
-    "tp": (2, {"tensor_model_parallel_size": 2}, 1 / 2, 1 / 2),
     "tp x dp": (4, {"tensor_model_parallel_size": 2, "padding_free": False}, 1 / 2, 1 / 2),
     "tp x fsdp2": (4, {"tensor_model_parallel_size": 2, "fsdp": "fsdp2"}, 1 / 4, 1 / 4),
     "tp x cp": (4, {"tensor_model_parallel_size": 2, "sequence_parallel_size": 2}, 1 / 2, 1 / 2),
@@ -92,7 +84,7 @@ FULL = {
     "pp x dp": (4, {"pipeline_model_parallel_size": 2}, None, None),
 }
 FULL["tp x pp"] = (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, None, None)
-LORA = ("ddp", "offload", "tp", "tp x fsdp2", "ring x fsdp2", "pp x dp")
+LORA = ("ddp", "offload", "tp x fsdp2", "ring x fsdp2", "pp x dp")
 
 
 def readers(size, options):
@@ -107,7 +99,7 @@ def check(model, rows, tmp_path, name, **options):
     """The strategy ``name`` logs what one process logs, ends with its weights, and holds no more than its share."""
     tuner = options.get("tuner_type", "lora")
     if tuner not in ONE:
-        ONE[tuner] = train(model, rows, tmp_path / "one", gradient_accumulation_steps=4, **options)["lines"], weights(tmp_path / "one", 4)
+        ONE[tuner] = train(model, rows, tmp_path / "one", gradient_accumulation_steps=4, **options)["lines"], weights(tmp_path / "one", 2)
     lines, last = ONE[tuner]
     size, more, weights_held, state_held = FULL[name]
     several = {**options, **more, "gradient_accumulation_steps": 4 // readers(size, more)}
@@ -116,7 +108,7 @@ def check(model, rows, tmp_path, name, **options):
         for found, wanted in zip(result["lines"], lines, strict=True):
             for key in {"loss", "grad_norm", "eval_loss", "token_acc"} & wanted.keys():
                 assert found[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-6), key
-    assert differs(weights(tmp_path / name, 4), last) < 5e-4
+    assert differs(weights(tmp_path / name, 2), last) < 5e-4
     if tuner == "full" and weights_held is not None:
         held = [result["held"] for result in results]
         # norms are in every process of a tensor-parallel group
@@ -145,7 +137,7 @@ def test_experts_in_several_processes_are_those_of_one(rows, tmp_path):
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=len(tokenizer), **fields))
     model.to(torch.float32).save_pretrained(tmp_path / "model")
     experts = sum(4 * parameter.numel() for name, parameter in model.named_parameters() if "experts" in name)
-    options = {"tuner_type": "full"}
+    options = {"tuner_type": "full", "save_steps": 1}
     one = train(tmp_path / "model", rows, tmp_path / "one", gradient_accumulation_steps=4, **options)
     several = {**options, "expert_model_parallel_size": 2, "gradient_accumulation_steps": 1}
     whole = _bytes(tmp_path / "model")
@@ -153,18 +145,18 @@ def test_experts_in_several_processes_are_those_of_one(rows, tmp_path):
     for name, more, held in (("copies", {}, whole - experts / 2), ("parts", {"fsdp": "fsdp2"}, whole / 4)):
         if name == "copies":  # they go on with what one process has begun
             shutil.copytree(tmp_path / "one", tmp_path / name)
-            shutil.rmtree(tmp_path / name / "checkpoint-4")
+            shutil.rmtree(tmp_path / name / "checkpoint-2")
             more = {"resume_from_checkpoint": str(tmp_path / name)}
         for result in run_ranks(4, _train, (tmp_path / "model", rows, tmp_path / name, several | more)):
             assert result["held"]["weights"] == held
             for found, wanted in zip(result["lines"], one["lines"], strict=True):
                 for key in {"loss", "grad_norm", "eval_loss"} & wanted.keys():
                     assert found[key] == pytest.approx(wanted[key], rel=1e-4), key
-        assert differs(weights(tmp_path / name, 4), weights(tmp_path / "one", 4)) < 5e-4
-    shutil.rmtree(tmp_path / "parts/checkpoint-4")
+        assert differs(weights(tmp_path / name, 2), weights(tmp_path / "one", 2)) < 5e-4
+    shutil.rmtree(tmp_path / "parts/checkpoint-2")
     alone = {**options, "gradient_accumulation_steps": 4, "resume_from_checkpoint": str(tmp_path / "parts")}
     train(tmp_path / "model", rows, tmp_path / "parts", **alone)
-    assert differs(weights(tmp_path / "parts", 4), weights(tmp_path / "one", 4)) < 5e-4
+    assert differs(weights(tmp_path / "parts", 2), weights(tmp_path / "one", 2)) < 5e-4
 
 
 def test_weights_of_four_bits_are_sharded_too(rows, tmp_path):
@@ -179,7 +171,7 @@ def test_weights_of_four_bits_are_sharded_too(rows, tmp_path):
                 [line["loss"] for line in one["lines"] if "loss" in line], rel=1e-5
             )
             held.append(result["held"]["weights"])
-        assert differs(weights(tmp_path / name, 4), weights(tmp_path / "one", 4)) < 1e-4
+        assert differs(weights(tmp_path / name, 2), weights(tmp_path / "one", 2)) < 1e-4
     assert held[2:] == [held[0] / 2, held[0] / 2] and held[0] < 0.6 * _bytes(model)
 
 
@@ -239,20 +231,23 @@ def _bytes(path):
 
 @pytest.mark.parametrize("tuner", ["lora", "full"])
 def test_a_run_goes_on_in_another_number_of_processes(tiny_model, rows, tmp_path, tuner):
-    options = {"tuner_type": tuner, "gradient_accumulation_steps": 2}
+    options = {"tuner_type": tuner, "gradient_accumulation_steps": 2, "save_steps": 1}
     options |= {"lora_dropout": 0.0} if tuner == "lora" else {}
     run_ranks(2, _train, (tiny_model, rows, tmp_path / "parts", {**options, "fsdp": "fsdp2", "async_save": True}))
     run_ranks(2, _train, (tiny_model, rows, tmp_path / "copies", options))
-    assert (tmp_path / "parts/checkpoint-2/optimizer/.metadata").is_file()
-    assert (tmp_path / "copies/checkpoint-2/optimizer.pt").is_file()
-    wanted = weights(tmp_path / "copies", 4)
-    assert differs(weights(tmp_path / "parts", 4), wanted) < 2e-4
-    for begun, size, more in (("parts", 4, {"fsdp": "fsdp2"}), ("parts", 1, {}), ("parts", 2, {}), ("copies", 4, {"fsdp": "fsdp2"})):
+    assert (tmp_path / "parts/checkpoint-1/optimizer/.metadata").is_file()
+    assert (tmp_path / "copies/checkpoint-1/optimizer.pt").is_file()
+    wanted = weights(tmp_path / "copies", 2)
+    assert differs(weights(tmp_path / "parts", 2), wanted) < 2e-4
+    again = [("parts", 1, {}), ("copies", 4, {"fsdp": "fsdp2"})]  # of an adapter, whose state is that of fewer weights
+    if tuner == "full":
+        again += [("parts", 4, {"fsdp": "fsdp2"}), ("parts", 2, {})]
+    for begun, size, more in again:
         out = tmp_path / f"{begun}-{size}-{len(more)}"
         shutil.copytree(tmp_path / begun, out)
-        shutil.rmtree(out / "checkpoint-4")
+        shutil.rmtree(out / "checkpoint-2")
         several = {**options, **more, "resume_from_checkpoint": str(out)}
         run_ranks(size, _train, (tiny_model, rows, out, several))
-        assert differs(weights(out, 4), wanted) < 2e-4, (begun, size)
+        assert differs(weights(out, 2), wanted) < 2e-4, (begun, size)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+        assert [line["step"] for line in lines if "loss" in line] == [1, 2]
