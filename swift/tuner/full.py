@@ -68,7 +68,9 @@ def _as_modules_have_it(model: Any, path: Path, other: str) -> dict[str, Any]:
     logging.disable_progress_bar()
     problem = f"{path}: the weights do not fit this model, see {other}"
     try:
-        found, report = type(model).from_pretrained(path, dtype=model.dtype, local_files_only=True, output_loading_info=True)
+        found, report = type(model).from_pretrained(
+            path, config=model.config, dtype=model.dtype, local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as cause:
         raise CheckpointError(problem) from cause
     if report["missing_keys"] or report["unexpected_keys"]:
