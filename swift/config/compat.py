@@ -75,6 +75,8 @@ RENAMED: dict[str, str] = {
     "save_safetensors": "safe_serialization",
     "push_to_hub_token": "hub_token",
     "push_to_hub_model_id": "hub_model_id",
+    # Megatron
+    "context_parallel_size": "sequence_parallel_size",
 }
 
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "auto": "none"}

@@ -13,7 +13,7 @@ import swift.api
 import swift.cli
 import swift.train.run
 from swift.errors import CheckpointError
-from swift.parallel.megatron import package
+from swift.parallel.megatron import package, strategy
 from swift.parallel.megatron.convert import Converter
 from swift.parallel.megatron.model import Layout
 from swift.parallel.megatron.strategy import Megatron
@@ -49,6 +49,7 @@ def models(tmp_path_factory):
         "tied": make("llama", num_hidden_layers=4, tie_word_embeddings=True),
         "qwen2": make("qwen2"),
         "experts": make("qwen3_moe"),
+        "windows": make("mistral"),
     }
 
 
@@ -73,22 +74,26 @@ def pairs(tmp_path_factory):
 
 def train(model, rows, out, options, *, command="sft"):
     """(logged numbers, the last checkpoint, shapes of what this process has) of a run."""
-    shapes = {}
-    prepare = Megatron.prepare
+    shapes = {"parts": set()}
+    prepare, compute = Megatron.prepare, strategy.compute_part
 
-    def seen(strategy, *arguments):
-        model, optimizer = prepare(strategy, *arguments)
+    def computed(chunk, part):
+        shapes["parts"].add((part.input_ids.shape[1], part.layout.num_tokens))
+        return compute(chunk, part)
+
+    def seen(own, *arguments):
+        model, optimizer = prepare(own, *arguments)
         shapes.update({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
         return model, optimizer
 
-    Megatron.prepare = seen
+    Megatron.prepare, strategy.compute_part = seen, computed
     common = dict(add_version=False, report_to="none", max_steps=3, learning_rate=1e-3, logging_steps=1, report_samples=0, eval_steps=3)
     common |= dict(padding_free=False, tuner_type="full", per_device_train_batch_size=1, split_dataset_ratio=0.2)
     try:
         given = {"output_dir": str(out), "model": str(model), "dataset": str(rows), **common, **options}
         result = getattr(swift.api, command)(**given)
     finally:
-        Megatron.prepare = prepare
+        Megatron.prepare, strategy.compute_part = prepare, compute
     lines = [{key: line[key] for key in KEYS if key in line} for line in result.state.log_history]
     return lines, str(result.checkpoint), shapes
 
@@ -127,6 +132,23 @@ CASES = {
         {EXPERT.format(1) + "linear_fc1.weight": (32, 32)},
         (EXPERT.format(2) + "linear_fc1.weight",),
     ),
+    # Experts are shared by the processes that share a sequence.
+    "ulysses": (
+        "experts",
+        {**SHARED, "sequence_parallel_size": 2, "expert_model_parallel_size": 2},
+        {EXPERT.format(1) + "linear_fc1.weight": (32, 32)},
+        (EXPERT.format(2) + "linear_fc1.weight",),
+    ),
+    "ring": ("windows", {**SHARED, "sequence_parallel_size": 2, "sequence_parallel_kind": "ring"}, {QKV.format(1): (64, 32)}, ()),
+}
+# Of four processes.
+PRODUCTS = {
+    "cp x pp": (
+        {**SHARED, "sequence_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel_kind": "ring"},
+        {QKV.format(1): (64, 32)},
+        (QKV.format(2),),
+    ),
+    "cp x tp": ({**SHARED, "sequence_parallel_size": 2, "tensor_model_parallel_size": 2}, {QKV.format(3): (32, 32)}, ()),
 }
 
 
@@ -186,6 +208,17 @@ def every(models, rows, pairs, mcore, out):
     return found
 
 
+@pytest.fixture(scope="module")
+def four(models, rows, tmp_path_factory):
+    """What each of four processes says of every product, by its name."""
+    return run_ranks(4, multiply, models["tied"], rows, tmp_path_factory.mktemp("four"))
+
+
+def multiply(model, rows, out):
+    with join(torch.device("cpu")):
+        return {name: train(model, rows, out / name, {**options, "strategy": "megatron"}) for name, (options, _, _) in PRODUCTS.items()}
+
+
 def read_in_parts(folder, model, layout):
     """({name: whole tensor} in the main process, numbers that this one has) of a checkpoint that two processes read."""
     converter = Converter(transformers.AutoModelForCausalLM.from_pretrained(model), torch.float32, layout)
@@ -204,6 +237,25 @@ def test_two_processes_train_as_one(two, alone, name):
             assert {name: shapes.get(name) for name in present} == present
             assert not set(absent) & set(shapes)
             torch.testing.assert_close(logits(saved), logits(checkpoint), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ulysses", "ring"])
+def test_each_of_two_processes_computes_half_of_a_row(two, name):
+    for result in two:
+        parts = result[name][2]["parts"]
+        assert all(2 * part == whole for part, whole in parts)
+        assert max(parts) == (16, 32)  # the longest row has 32 tokens
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_four_processes_train_as_one(four, alone, name):
+    _, present, absent = PRODUCTS[name]
+    for found, _, shapes in (result[name] for result in four):
+        same(found, alone["tied"][0])
+        assert max(shapes["parts"]) == (16, 32)
+    shapes = four[0][name][2]
+    assert {name: shapes.get(name) for name in present} == present
+    assert not set(absent) & set(shapes)
 
 
 def test_a_run_goes_on_in_another_layout(two, alone):

@@ -44,11 +44,20 @@ def test_rows_of_a_step_are_dealt_to_the_processes_that_will_be_started(monkeypa
     assert words[words.index("--gradient_accumulation_steps") + 1] == "4"  # 2 rows x 2 copies
 
 
+def test_contexts_of_megatron_are_our_parts_of_a_sequence():
+    words = translate(shlex.split("--context_parallel_size 2 --cp_comm_type p2p --global_batch_size 4 --micro_batch_size 2"), world_size=4)
+    assert words == shlex.split(
+        "--sequence_parallel_size 2 --sequence_parallel_kind ring --per_device_train_batch_size 2 --gradient_accumulation_steps 1"
+    )
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("--global_batch_size 6 --micro_batch_size 4", "--global_batch_size 6 is no multiple of --micro_batch_size 4 x 2"),
-        ("--context_parallel_size 2", "option --context_parallel_size is not available: .*Transformer Engine"),
+        ("--context_parallel_size 2 --cp_comm_type all_gather", "--cp_comm_type all_gather is not available"),
+        ("--context_parallel_size 2 --sequence_parallel_size 2", "--context_parallel_size and --sequence_parallel_size say the same"),
+        ("--context_parallel_size 2 --global_batch_size 3 --micro_batch_size 2", "no multiple of --micro_batch_size 2 x 1 data parallel"),
         ("--lr_decay_style wsd", "--lr_decay_style does not know 'wsd'"),
         ("--lr 1 --lr 2", "--lr is given twice"),
         ("--lr 1 --learning_rate 2", "--lr and --learning_rate say the same"),
@@ -85,7 +94,8 @@ TWO = Sizes(dp=2)
         ({"padding_side": "left"}, TWO, "--padding_side left cannot be combined"),
         ({"fp16": True}, TWO, "float16 cannot be combined: there is no loss scale"),
         ({"bf16": True, "torch_dtype": "float32"}, TWO, "--bf16 true and --torch_dtype float32 cannot be combined"),
-        ({"sequence_parallel_size": 2}, Sizes(cp=2), "--sequence_parallel_size 2 cannot be combined: .*Transformer Engine"),
+        ({"megatron_extra_kwargs": {"cp_comm_type": "p2p"}}, TWO, "cp_comm_type is decided by"),
+        ({"expert_model_parallel_size": 4}, Sizes(cp=3), "--expert_model_parallel_size 4 does not divide the 3 processes"),
         ({"expert_model_parallel_size": 3}, TWO, "--expert_model_parallel_size 3 does not divide the 2 processes"),
         ({"sequence_parallel": True}, TWO, "--sequence_parallel needs --tensor_model_parallel_size"),
         ({"sequence_parallel": True}, Sizes(tp=2), "--sequence_parallel true needs Transformer Engine"),

@@ -1,7 +1,8 @@
 import pytest
+import torch
 
 from swift.errors import ConfigError, ModelError
-from swift.parallel.megatron.model import Layout
+from swift.parallel.megatron.model import Layout, transformer_config
 from swift.parallel.megatron.names import plan
 from swift.parallel.megatron.settings import read_settings
 from tests.families import build
@@ -68,3 +69,16 @@ def test_a_bias_of_the_output_projection_alone_is_refused():
 def test_a_layout_that_does_not_divide_is_refused(layout, world_size, message):
     with pytest.raises(ConfigError, match=message):
         layout.check(settings_of("llama"), world_size)
+
+
+@pytest.mark.parametrize(
+    ("options", "extra", "message"),
+    [
+        ({"attention_dropout": 0.1}, {}, "--sequence_parallel_size 2 cannot be combined with attention_dropout = 0.1"),
+        ({}, {"softmax_type": "off-by-one"}, "cannot be combined with softmax_type = off-by-one"),
+    ],
+)
+def test_attention_over_parts_of_a_row_refuses_what_it_has_not(options, extra, message):
+    settings = settings_of("llama", **options)
+    with pytest.raises(ConfigError, match=message):
+        transformer_config(settings, Layout(cp=2), device=torch.device("cpu"), dtype=torch.float32, extra=extra)

@@ -27,12 +27,15 @@ RENAMED = {
     "eval_interval": "eval_steps",
     "log_interval": "logging_steps",
     "tensorboard_dir": "logging_dir",
+    "context_parallel_size": "sequence_parallel_size",
     "num_workers": "dataloader_num_workers",
     "load": "model",
     "no_save_optim": "save_only_model",
     "num_virtual_stages_per_pipeline_rank": "virtual_pipeline_model_parallel_size",
     "moe_aux_loss_coeff": "router_aux_loss_coef",
 }
+# What the processes that share a sequence tell one another, by --cp_comm_type -> --sequence_parallel_kind.
+EXCHANGES = {"p2p": "ring", "a2a": "ulysses"}
 DECAY = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup", "inverse-square-root": "inverse_sqrt"}
 # What happens anyway, and the value that asks for it.
 INERT = {
@@ -45,7 +48,6 @@ INERT = {
     "calculate_per_token_loss": "true",
 }
 REFUSED = {
-    "context_parallel_size": ("1", "its attention over parts of a sequence is Transformer Engine's; --sequence_parallel_size is ours"),
     "expert_tensor_parallel_size": ("1", "experts are shared by --expert_model_parallel_size"),
     "eval_iters": ("-1", "all validation rows are evaluated"),
     "mcore_model": ("none", "training starts from safetensors, which swift export --to_hf true makes of Megatron's checkpoint"),
@@ -69,7 +71,8 @@ DECIDED = frozenset(
     "tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size virtual_pipeline_model_parallel_size "
     "context_parallel_size sequence_parallel params_dtype pipeline_dtype bf16 fp16 perform_initialization use_cpu_initialization "
     "calculate_per_token_loss variable_seq_lengths gradient_accumulation_fusion overlap_p2p_comm batch_p2p_comm "
-    "deallocate_pipeline_outputs moe_token_dispatcher_type moe_router_load_balancing_type".split()
+    "deallocate_pipeline_outputs cp_comm_type hierarchical_context_parallel_sizes hybrid_context_parallel "
+    "moe_token_dispatcher_type moe_router_load_balancing_type".split()
 )
 
 COMMANDS = ("sft", "pt")
@@ -122,6 +125,11 @@ def translate(words: Sequence[str], *, world_size: int = 1) -> list[str]:
             if value not in DECAY:
                 raise ConfigError(f"--lr_decay_style does not know {value!r}", hint=f"choose from: {', '.join(DECAY)}")
             out.setdefault("lr_scheduler_type", [DECAY[value]])
+        elif name == "cp_comm_type":
+            if value not in EXCHANGES or len(values) > 1:
+                raise ConfigError(f"--cp_comm_type {' '.join(values)} is not available", hint=f"choose from: {', '.join(EXCHANGES)}")
+            if _contexts(said) > 1:
+                out["sequence_parallel_kind"] = [EXCHANGES[value]]
         elif name not in ("min_lr", "global_batch_size"):
             if not _is_ours(name) and name in (fields := _fields()):
                 extra[name] = _typed(name, values, fields[name])
@@ -158,13 +166,18 @@ def _accumulation(said: dict[str, list[str]], world_size: int) -> int:
     """Forward passes a step: the global batch divided by the rows that all data parallel processes take at once."""
     total, micro = _number(said, "global_batch_size", int), _number(said, "micro_batch_size", int)
     tp, pp = _number(said, "tensor_model_parallel_size", int), _number(said, "pipeline_model_parallel_size", int)
-    copies = world_size // max(tp * pp, 1)
+    copies = world_size // max(tp * pp * _contexts(said), 1)
     if micro < 1 or copies < 1 or total % (micro * copies):
         raise ConfigError(
             f"--global_batch_size {total} is no multiple of --micro_batch_size {micro} x {copies} data parallel processes",
             hint="change one of them",
         )
     return total // (micro * copies)
+
+
+def _contexts(said: dict[str, list[str]]) -> int:
+    """Processes that share a sequence, by Megatron's name or ours."""
+    return max(_number(said, name, int) for name in ("context_parallel_size", "sequence_parallel_size"))
 
 
 def _number(said: dict[str, list[str]], name: str, kind: type[N]) -> N:

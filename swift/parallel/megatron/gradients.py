@@ -22,7 +22,11 @@ def sum_gradients(model: nn.Module, groups: Any) -> None:
                 continue
             if parameter.grad is None:  # an expert without a token: all processes take part in the sum
                 parameter.grad = torch.zeros_like(parameter)
-            data = groups.get_expert_data_parallel_group() if is_expert(parameter) else groups.get_data_parallel_group()
+            data = (
+                groups.get_expert_data_parallel_group()
+                if is_expert(parameter)
+                else groups.get_data_parallel_group(with_context_parallel=True)
+            )
             _all_reduce(parameter.grad, data)
             if getattr(parameter, "sequence_parallel", False) or any(part in name for part in HEAD_NORMS):
                 _all_reduce(parameter.grad, groups.get_tensor_model_parallel_group())

@@ -9,6 +9,7 @@ from torch import distributed as dist
 
 from swift.errors import ConfigError, first_line
 from swift.parallel.megatron import package
+from swift.parallel.megatron.context import check_part_attention, use_part_attention, use_part_positions
 from swift.parallel.megatron.settings import Settings
 
 ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu_pytorch_tanh": partial(torch.nn.functional.gelu, approximate="tanh")}
@@ -18,12 +19,13 @@ ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu_pytorch_tanh": partial(to
 class Layout:
     """Processes along each of Megatron's axes.
 
-    ``vpp`` is the number of runs of layers that a stage has. With ``shares_tokens``, processes that share a layer share the
-    tokens between its matrices (Megatron's sequence parallelism).
+    ``cp`` processes share each sequence. ``vpp`` is the number of runs of layers that a stage has. With ``shares_tokens``,
+    processes that share a layer share the tokens between its matrices (Megatron's sequence parallelism).
     """
 
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     ep: int = 1
     vpp: int = 1
     shares_tokens: bool = False
@@ -67,6 +69,7 @@ def join_groups(layout: Layout, device: torch.device, *, timeout_minutes: int = 
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+            context_parallel_size=layout.cp,
             expert_model_parallel_size=layout.ep,
             distributed_timeout_minutes=timeout_minutes,
             create_gloo_process_groups=False,
@@ -83,6 +86,7 @@ def transformer_config(settings: Settings, layout: Layout, *, device: torch.devi
         "activation_func": ACTIVATIONS[settings.transformer["activation_func"]],
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
+        "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
         "sequence_parallel": layout.shares_tokens,
@@ -111,9 +115,12 @@ def transformer_config(settings: Settings, layout: Layout, *, device: torch.devi
         }
     try:
         with package.quiet():  # of defaults of its own, which nobody has chosen
-            return module.TransformerConfig(**{**fields, **extra})
+            found = module.TransformerConfig(**{**fields, **extra})
     except (ValueError, AssertionError, TypeError) as problem:
         raise ConfigError(f"Megatron-Core refuses these settings: {first_line(problem)}") from None
+    if layout.cp > 1:
+        check_part_attention(found)
+    return found
 
 
 def exchange_settings(layout: Layout, *, is_cuda: bool, has_experts: bool) -> dict[str, Any]:
@@ -143,6 +150,8 @@ def build_chunks(settings: Settings, config: Any, state: Any, layout: Layout) ->
     for stage in range(layout.vpp):
         number = stage if layout.vpp > 1 else None
         spec = specs.get_gpt_decoder_block_spec(config, use_transformer_engine=has_engine, vp_stage=number)
+        if layout.cp > 1:
+            use_part_attention(spec)
         chunk = gpt.GPTModel(
             config,
             spec,
@@ -151,5 +160,7 @@ def build_chunks(settings: Settings, config: Any, state: Any, layout: Layout) ->
             post_process=state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
             vp_stage=number,
         )
+        if layout.cp > 1:
+            use_part_positions(chunk)
         chunks.append(chunk)
     return chunks

@@ -20,7 +20,7 @@ class MegatronPolicy:
     router_aux_loss_coef = 0.0
 
     def __init__(self, model: Any, group: Any, vocab_size: int, alone: Callable[[Batch], Tensor]) -> None:
-        """``alone`` gives minus the log-probabilities of a batch's predictions, (S,), in every process."""
+        """``alone`` gives ``logps`` of a batch outside of a schedule, in every process."""
         self.model, self.inner, self.group, self.vocab_size = model, model.shell, group, vocab_size
         self._alone = alone
         self.logits_BTP: Tensor | None = None
@@ -32,7 +32,9 @@ class MegatronPolicy:
 
     def logps(self, batch: Batch) -> Tensor:
         """(num_documents,) float32: the sum of weight times log p(target) over the predictions of each document."""
-        losses_S = self._alone(batch) if self.logits_BTP is None else self.losses(batch)[0]
+        if self.logits_BTP is None:
+            return self._alone(batch)
+        losses_S = self.losses(batch)[0]
         return losses_S.new_zeros(batch.num_documents).index_add(0, batch.document_S, -losses_S * batch.weight_S)
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:

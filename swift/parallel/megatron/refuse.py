@@ -36,12 +36,6 @@ def refuse(config: SftConfig, sizes: Sizes) -> None:
     for name, reason in NOT_OURS.items():
         if config.given(name):
             raise ConfigError(f"--strategy megatron and --{name} cannot be combined: {reason}", hint=f"remove --{name}")
-    if sizes.cp > 1:
-        raise ConfigError(
-            f"--strategy megatron and --sequence_parallel_size {sizes.cp} cannot be combined: Megatron's context parallelism is "
-            "Transformer Engine's, which is not built in yet",
-            hint="use --strategy ddp or fsdp2 with it",
-        )
     if config.packing or config.padding_free:
         name = "packing" if config.packing else "padding_free"
         raise ConfigError(f"--strategy megatron and --{name} cannot be combined: rows are padded", hint=f"remove --{name}")
@@ -68,9 +62,10 @@ def _check_precision(config: SftConfig) -> None:
 
 def _check_sizes(config: SftConfig, sizes: Sizes) -> None:
     experts, virtual = config.expert_model_parallel_size, config.virtual_pipeline_model_parallel_size
-    if sizes.dp % experts:
+    if sizes.dp * sizes.cp % experts:
         raise ConfigError(
-            f"--expert_model_parallel_size {experts} does not divide the {sizes.dp} processes that read different rows", hint="change one"
+            f"--expert_model_parallel_size {experts} does not divide the {sizes.dp * sizes.cp} processes that see different tokens",
+            hint="change one",
         )
     if virtual > 1 and sizes.pp == 1:
         raise ConfigError("--virtual_pipeline_model_parallel_size needs --pipeline_model_parallel_size", hint="say both, or none")

@@ -22,6 +22,7 @@ from swift.parallel.base import Sums
 from swift.parallel.megatron import checkpoint, package
 from swift.parallel.megatron.arguments import check_fields
 from swift.parallel.megatron.bridge import Bridge
+from swift.parallel.megatron.context import compute_part
 from swift.parallel.megatron.cpu import on_cpu
 from swift.parallel.megatron.describe import describe
 from swift.parallel.megatron.gradients import gradient_norm, scale_gradients, sum_gradients
@@ -30,11 +31,12 @@ from swift.parallel.megatron.model import Layout, build_chunks, join_groups, tra
 from swift.parallel.megatron.policy import MegatronPolicy
 from swift.parallel.megatron.refuse import refuse
 from swift.parallel.mesh import Sizes
+from swift.parallel.sequence import PartPolicy, make_share, split
 from swift.parallel.world import World, add
 
 
 class Megatron:
-    """Tensor, pipeline (1F1B and interleaved), expert and data parallel by Megatron-Core."""
+    """Tensor, pipeline (1F1B and interleaved), expert and data parallel by Megatron-Core; our attention over parts of sequences."""
 
     shards = True
 
@@ -51,6 +53,7 @@ class Megatron:
         self.layout = Layout(
             tp=config.tensor_model_parallel_size,
             pp=config.pipeline_model_parallel_size,
+            cp=config.sequence_parallel_size,
             ep=config.expert_model_parallel_size,
             vpp=virtual,
             shares_tokens=config.sequence_parallel,
@@ -72,6 +75,10 @@ class Megatron:
         self.layout.check(self.settings, self.world.size)
         timeout = max(1, self.config.ddp_timeout // 60)
         self.groups = join_groups(self.layout, self.device, timeout_minutes=timeout)
+        self.share = None
+        if self.layout.cp > 1:
+            group = self.groups.get_context_parallel_group()
+            self.share = make_share(model.config, group, self.config.sequence_parallel_kind, tp=self.layout.tp)
         fields = self.config.transformer_fields(recompute_all=bool(self.config.gradient_checkpointing))
         check_fields(fields, self.settings.transformer)
         with on_cpu(), package.quiet():
@@ -145,26 +152,31 @@ class Megatron:
         """One step's batches through Megatron's schedule; the sums of the last stage, in all stages."""
         schedules = package.part("pipeline_parallel")
 
-        def forward(iterator: Iterator[Batch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-            batch = next(iterator).to(self.device)
+        share = self.share
+        seen = policy if share is None else PartPolicy(policy, share)
+
+        def forward(iterator: Iterator[tuple[Batch, Batch]], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            batch, part = (one.to(self.device) for one in next(iterator))
 
             def loss(logits_BTP: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, dict[str, Tensor]]]:
                 with policy.with_logits(logits_BTP):
-                    total, metrics = objective.loss_sum(policy, reference, batch)
+                    total, metrics = objective.loss_sum(seen, reference, batch)
                 return total / max(count, 1.0), torch.zeros((), dtype=torch.int), (total.detach(), metrics)
 
-            return chunk(batch.input_ids, _positions(batch), None), loss
+            return compute_part(chunk, part) if share is not None else chunk(part.input_ids, _positions(part), None), loss
 
         batches = self._ready(batches)
+        parts = [(batch, batch if share is None else split(batch, share)) for batch in batches]
+        rows, width = parts[0][1].input_ids.shape
         chunks = list(self.model.chunks)
         with on_cpu():
             found = schedules.get_forward_backward_func()(
                 forward_step_func=forward,
-                data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+                data_iterator=[iter(parts) for _ in chunks] if len(chunks) > 1 else iter(parts),
                 model=chunks,
                 num_microbatches=len(batches),
-                seq_length=batches[0].input_ids.shape[1],
-                micro_batch_size=batches[0].input_ids.shape[0],
+                seq_length=width * self.layout.cp,
+                micro_batch_size=rows,
                 forward_only=not learns,
             )
         sums = Sums()
@@ -194,6 +206,10 @@ class Megatron:
                 dist.all_reduce(shape, dist.ReduceOp.MAX)
             shapes = [(int(shape[0]), int(shape[1]))] * len(batches)
         step = self.layout.tp if self.layout.shares_tokens else 1
+        is_padded = self.layout.cp > 1 and (self.layout.vpp > 1 or self._has_one_shape or step > 1)
+        if is_padded:  # parts of rows divide too, without filling, and padding is a part of the row
+            step *= 2 * self.layout.cp
+            batches = [replace(batch, attention_mask=None) for batch in batches]
         batches = [_widened(batch, rows, -(-width // step) * step) for batch, (rows, width) in zip(batches, shapes, strict=True)]
         missing = -len(batches) % self.layout.pp if self.layout.vpp > 1 else 0
         filler = replace(batches[-1], weight_S=torch.zeros_like(batches[-1].weight_S))
@@ -204,14 +220,14 @@ class Megatron:
         return "num_moe_experts" in self.settings.transformer and self.transformer.moe_token_dispatcher_type == "allgather"
 
     def _alone(self, batch: Batch) -> Tensor:
-        """(S,) minus the log-probabilities of the predictions of ``batch``, outside of a step."""
-        found = torch.zeros(len(batch.row_S), device=self.device)
+        """(num_documents,) the log-probabilities of the documents of ``batch``, outside of a step."""
+        found = torch.zeros(batch.num_documents, device=self.device)
 
         class Each:
-            """An objective that keeps what each prediction costs."""
+            """An objective that keeps them."""
 
             def loss_sum(self, policy: Any, reference: Any, given: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-                found.copy_(policy.losses(given)[0])
+                found.add_(policy.logps(given))  # those that fill a schedule have no weight
                 return found.sum(), {}
 
         self._run(self._policy, Each(), None, [batch], 1.0, learns=False)  # type: ignore[arg-type]
@@ -234,11 +250,11 @@ class Megatron:
                 row_S=places,
                 target_S=ids[0, 1:],
                 weight_S=torch.ones(len(places)),
-                document_S=torch.zeros_like(places),
-                num_documents=1,
+                document_S=places,  # each by itself
+                num_documents=len(places),
                 num_tokens=ids.shape[1],
             )
-            found = -self._alone(batch.to(self.device)).to(wanted)
+            found = self._alone(batch.to(self.device)).to(wanted)
         dtype = self.transformer.params_dtype
         if not is_close(found.to(dtype), wanted.to(dtype)):
             difference = float((found - wanted).abs().max())

@@ -90,12 +90,12 @@ def _attention_after(packed: Any, base: str) -> Any:
         del options["layout"]
         root = options.pop("root", None)
         roots = root.before(module, key[:, :, :0], value[:, :, :0]) if root is not None and layout.root else None
-        return _attend(query, key, value, layout, roots, base, options), None
+        return attend(query, key, value, layout, roots, base, options), None
 
     return attention
 
 
-def _attend(
+def attend(
     query: Tensor, key: Tensor, value: Tensor, layout: PartLayout, roots: tuple[Tensor, Tensor] | None, base: str, options: dict[str, Any]
 ) -> Tensor:
     """(1, t, H, d) of a part's query (1, H, t, d), key and value (1, G, t, d)."""
