@@ -1,15 +1,26 @@
 """What every process that is forked would otherwise import, or read, by itself is here before the first fork."""
 
+import importlib
+
 import pytest
+
+IMPORTED = (
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "rich.progress",
+    "rich.table",
+    "swift.parallel.spread",
+    "swift.train.run",
+    "transformers.models.llama.modeling_llama",
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def prepared():
+    for name in IMPORTED:
+        importlib.import_module(name)
     import peft
-    import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import swift.parallel.spread
-    import swift.train.run  # noqa: F401
     from tests.families import build
 
     # PEFT reads transformers' tables of names for its first adapter.
