@@ -17,8 +17,8 @@ from swift import audit
 from swift.model.checkpoints import checkpoints_in
 
 KILLS = 20
-STEPS = 240  # a killed run adds a few till its first line, and what it does in LEFT_S
-LEFT_S = 0.12
+STEPS = 160  # a killed run does the 3 till it saves, and those of LEFT_S
+LEFT_S = 0.1
 
 
 def command(model: Path, rows: Path, run: Path, *more: str, steps: int = STEPS) -> list[str]:
@@ -86,32 +86,42 @@ for line in sys.stdin:
 
 @pytest.fixture
 def launched(tmp_path):
-    """Runs a command to its end, or kills it some seconds after its start or its first step."""
+    """Runs a command to its end, or kills it some seconds after its start, or after it has saved once more."""
     env = environment(tmp_path / "cache")
     words = [sys.executable, "-u", "-c", LAUNCHER]
     launcher = subprocess.Popen(words, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    def run(words, *, kill_after=None, awaits_step=False):
-        launcher.stdin.write(json.dumps(words) + "\n")
-        launcher.stdin.flush()
-        seen, pid = [], None
+    def until(begin):
+        seen = []
         for line in launcher.stdout:
             seen.append(line)
-            if line.startswith("started "):
-                pid = int(line.split()[1])
-            if line.startswith("ended "):
-                assert kill_after is None and line == "ended 0\n", "".join(seen)
-                return
-            if kill_after is not None and pid is not None and (not awaits_step or any(line.startswith("step ") for line in seen)):
-                break
-        time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
-        last = next(line for line in launcher.stdout if line.startswith("ended "))
-        assert last == f"ended {signal.SIGKILL}\n", "the run was over before it could be killed"
+            if line.startswith(begin):
+                return seen
+        raise AssertionError("".join(seen))
+
+    def run(words, *, kill_after=None, saves_in=None):
+        before = saved(saves_in)
+        launcher.stdin.write(json.dumps(words) + "\n")
+        launcher.stdin.flush()
+        pid = int(until("started ")[-1].split()[1])
+        if kill_after is not None:
+            end = time.monotonic() + 60
+            while saves_in is not None and saved(saves_in) == before and time.monotonic() < end:
+                time.sleep(0.005)
+            time.sleep(kill_after)
+            os.kill(pid, signal.SIGKILL)
+        seen = until("ended ")
+        assert seen[-1] == f"ended {0 if kill_after is None else int(signal.SIGKILL)}\n", "".join(seen)
 
     yield run
     launcher.communicate(timeout=30)
     assert launcher.returncode == 0
+
+
+def saved(run):
+    """The step of the newest checkpoint."""
+    found = checkpoints_in(run) if run is not None and run.exists() else []
+    return int(found[-1].name.rpartition("-")[2]) if found else 0
 
 
 @pytest.mark.slow
@@ -122,7 +132,9 @@ def test_twenty_kills_leave_no_trace(tiny_model, rows, launched, tmp_path):
     for kill in range(KILLS):
         resume = ["--resume_from_checkpoint", str(run)] if (run / "args.json").exists() else []
         words = command(tiny_model, rows, run, *resume)[3:]
-        launched(words, kill_after=randomness.uniform(0, LEFT_S), awaits_step=kill % 7 != 6)  # every seventh is killed while it starts
+        # Every seventh is killed while it starts.
+        launched(words, kill_after=randomness.uniform(0, LEFT_S), saves_in=None if kill % 7 == 6 else run)
+    assert STEPS > saved(run) >= 2 * KILLS  # they went on from one another
     launched(command(tiny_model, rows, run, "--resume_from_checkpoint", str(run))[3:])
     wanted, found = (load_file(checkpoints_in(place)[-1] / "adapter_model.safetensors") for place in (whole, run))
     assert wanted.keys() == found.keys()
