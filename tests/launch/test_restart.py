@@ -46,17 +46,18 @@ def started(words, **env):
 
 @pytest.mark.slow
 @pytest.mark.multi
-def test_a_killed_rank_ctrl_c_and_a_killed_launcher_leave_no_trace(tiny_model, rows, tmp_path):
+def test_two_killed_ranks_ctrl_c_and_a_killed_launcher_leave_no_trace(tiny_model, rows, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     run_ranks(2, cli.main, command(tiny_model, rows, whole))
-    launcher = started(["launch", "--nproc_per_node", "2", "--max_restarts", "1", "--", *command(tiny_model, rows, run)])
+    launcher = started(["launch", "--nproc_per_node", "2", "--max_restarts", "2", "--", *command(tiny_model, rows, run)])
     with launcher:
         reach(run, 0, 0, 8, kill=True)
-        reach(run, 1, 1, 17)
+        reach(run, 1, 1, 17, kill=True)
+        reach(run, 2, 0, 27)
         launcher.send_signal(signal.SIGINT)
         out, err = launcher.communicate(timeout=100)
     assert launcher.returncode == 130, err
-    assert err.count("was ended by SIGKILL in step") == 1
+    assert err.count("was ended by SIGKILL in step") == 2
     assert err.count("error: stopped after step") == 1
     assert "resuming" in out
     launcher = started([*command(tiny_model, rows, run), "--resume_from_checkpoint", str(run)], NPROC_PER_NODE="2")
