@@ -20,7 +20,7 @@ def _best_step(model, rows, out):
     whole, losses = swift.train.run.evaluate, iter([3.0, 1.0, 2.0, 1.5] if read_world().is_main else [3.0, 4.0, 2.0, 2.0])
     swift.train.run.evaluate = lambda *given, **named: whole(*given, **named) | {"eval_loss": next(losses)}
     try:
-        train(model, rows, out, eval_steps=1, save_steps=4, load_best_model_at_end=True)
+        train(model, rows, out, max_steps=4, eval_steps=1, save_steps=4, load_best_model_at_end=True)
     finally:
         swift.train.run.evaluate = whole
     return sorted(path.name for path in out.glob("checkpoint-*"))
@@ -32,6 +32,7 @@ def _bad_rows(model, rows, out):
             model,
             rows,
             out,
+            max_steps=4,
             learning_rate=1e30,
             tuner_type="full",
             max_grad_norm=0.0,

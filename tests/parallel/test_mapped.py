@@ -8,15 +8,11 @@ import os
 import threading
 from pathlib import Path
 
-import peft
 import pytest
 import torch
-import transformers.models.llama.modeling_llama
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import swift.parallel.spread
-import swift.train.run
 from swift.config.commands import SftConfig
 from swift.config.options import build
 from swift.errors import MachineError
@@ -31,8 +27,6 @@ from swift.tuner import TUNERS
 from tests.ranks import run_ranks
 from tests.tiny import make_model
 
-# What each forked process would import by itself.
-PREPARED = (peft, transformers.models.llama.modeling_llama, swift.parallel.spread, swift.train.run)
 pytestmark = [pytest.mark.multi, pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="private memory is told by Linux")]
 CPU = torch.device("cpu")
 MIB = 2**20

@@ -3,8 +3,6 @@
 import json
 import shlex
 
-import matplotlib
-import matplotlib.pyplot
 import pytest
 import torch
 import transformers
@@ -22,8 +20,6 @@ from tests.families import build
 from tests.ranks import run_ranks
 from tests.tiny import make_tokenizer
 
-# What each forked process would import by itself.
-PREPARED = (matplotlib.pyplot, swift.train.run)
 pytestmark = pytest.mark.multi
 KEYS = ("loss", "grad_norm", "eval_loss", "token_acc", "eval_token_acc", "rewards/margins")
 

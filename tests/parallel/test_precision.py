@@ -2,10 +2,9 @@
 
 import pytest
 
-from tests.parallel.test_ranks import PREPARED, train
+from tests.parallel.test_ranks import train
 from tests.ranks import run_ranks
 
-assert PREPARED
 COMMON = {"max_steps": 2, "learning_rate": 1e-3}
 HALF = {"tuner_type": "full", "fp16": True}  # a step is left out if its gradients overflow the first loss scale
 KINDS = {"scaled": HALF, "bfloat16": {"torch_dtype": "bfloat16", "lora_dropout": 0.0}}

@@ -9,11 +9,10 @@ from torch import nn
 from swift.errors import CheckpointError
 from swift.parallel import state as states
 from swift.parallel.world import World, join
-from tests.parallel.test_ranks import PREPARED, differs, train, weights
+from tests.parallel.test_ranks import differs, train, weights
 from tests.ranks import run_ranks
 from tests.tiny import make_model
 
-assert PREPARED
 ALONE = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "pipeline_schedule": "1f1b"}
 ALONE |= {"virtual_pipeline_model_parallel_size": 1, "gradient_accumulation_steps": 1}
 STAGES = ALONE | {"pipeline_model_parallel_size": 2, "gradient_accumulation_steps": 2}
