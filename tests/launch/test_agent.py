@@ -92,8 +92,9 @@ time.sleep(60)
     assert not is_alive(int((folder(tmp_path) / "pid").read_text()))
 
 
-def test_the_rank_that_failed_first_is_blamed_and_not_those_that_waited_for_it(launch, tmp_path):
+def test_the_rank_that_failed_first_is_blamed_and_not_those_that_waited_for_it(launch, monkeypatch):
     # Rank 0 fails in a collective, before the launcher sees that rank 1 failed at all.
+    monkeypatch.setattr(agent, "GRACE_S", 10)
     code = """
 if number == 1:
     time.sleep(0.5)
