@@ -21,6 +21,7 @@ from swift.parallel.world import World
 
 GROUPS = "param_groups"
 SCALER = "scaler"
+CLASS = "class"
 
 Names = Mapping[Any, str]  # of each parameter, see names_of
 
@@ -48,7 +49,8 @@ def save(
     scaler = {} if scale is None else scale.state_dict()
     if not is_sharded:
         if world.is_main:
-            save_torch(path, {"optimizer": optimizer.state_dict(), "scaler": scaler, "names": _order(names, optimizer)})
+            kept = {"optimizer": optimizer.state_dict(), "scaler": scaler, "names": _order(names, optimizer)}
+            save_torch(path, kept | {"class": _class_of(optimizer)})
         return None
     from torch.distributed.checkpoint.state_dict_saver import async_save
     from torch.distributed.checkpoint.state_dict_saver import save as save_parts
@@ -56,7 +58,7 @@ def save(
     tensors: dict[str, Any] = {
         f"{names[parameter]}/{key}": value for parameter, own in optimizer.state.items() for key, value in own.items()
     }
-    tensors |= {GROUPS: json.dumps(_settings(optimizer)), SCALER: json.dumps(scaler)}
+    tensors |= {GROUPS: json.dumps(_settings(optimizer)), SCALER: json.dumps(scaler), CLASS: _class_of(optimizer)}
     writer = FileSystemWriter(folder_of(path))
     with _quiet():
         if in_background is not None:
@@ -100,6 +102,7 @@ def _load_file(path: Path, names: Names, optimizer: Optimizer, world: World) -> 
     saved = torch.load(path, map_location="cpu", weights_only=True)
     own = _order(names, optimizer)
     there = saved.get("names", own)
+    _check_class(saved.get("class"), optimizer)
     if own == there and not any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"]):
         optimizer.load_state_dict(saved["optimizer"])
         return dict(saved["scaler"])
@@ -108,6 +111,17 @@ def _load_file(path: Path, names: Names, optimizer: Optimizer, world: World) -> 
     states = {name: saved["optimizer"]["state"].get(number, {}) for name, number in zip(there, numbers, strict=True)}
     _put(path, names, optimizer, states, saved["optimizer"]["param_groups"])
     return dict(saved["scaler"])
+
+
+def _class_of(optimizer: Any) -> str:
+    return " and ".join(type(part).__name__ for part in getattr(optimizer, "parts", [optimizer]))
+
+
+def _check_class(saved: str | None, optimizer: Optimizer) -> None:
+    """ValueError if the state is of another kind of optimizer."""
+    own = _class_of(optimizer)
+    if saved not in (None, own):
+        raise ValueError(f"it is of {saved}, and --optim makes {own} here")
 
 
 def _refuse_strangers(path: Path, saved: Iterable[str], own: Sequence[str], world: World) -> None:
@@ -166,14 +180,15 @@ def _load_parts(folder: Path, names: Names, optimizer: Optimizer, world: World) 
     reader = FileSystemReader(folder)
     known: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
     parameters = {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
-    entries = {entry: entry.rpartition("/") for entry in known if entry not in (GROUPS, SCALER)}
+    entries = {entry: entry.rpartition("/") for entry in known if entry not in (GROUPS, SCALER, CLASS)}
     _refuse_strangers(folder, (name for name, _, _ in entries.values()), list(parameters), world)
-    wanted: dict[str, Any] = {GROUPS: None, SCALER: None}
+    wanted: dict[str, Any] = dict.fromkeys({GROUPS, SCALER, CLASS} & known.keys())
     for entry, (name, _, _) in entries.items():
         if name in parameters:  # else it is another stage's
             wanted[entry] = _room(known[entry], parameters[name]) if hasattr(known[entry], "size") else None
     with _quiet():
         load_parts(wanted, storage_reader=reader, no_dist=world.is_alone)
+    _check_class(wanted.get(CLASS), optimizer)
     states: dict[str, dict[str, Any]] = {}
     for entry, (name, _, key) in entries.items():
         if entry in wanted:
