@@ -58,7 +58,9 @@ def local_bytes(tensors: Any) -> int:
 def finish(times: list[float], held: int, before: int) -> None:
     """Print what this process measured, as one line."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print("measured " + json.dumps({"times": times, "held": held, "rss": peak - before}), flush=True)
+    line = "\nmeasured " + json.dumps({"times": times, "held": held, "rss": peak - before}) + "\n"
+    sys.stdout.flush()
+    os.write(1, line.encode())  # at once: the processes write into one stream
 
 
 def resident() -> int:
@@ -244,7 +246,7 @@ def measure(tool: str, processes: int, folder: Path, length: int) -> dict[str, A
     env |= {"USE_HF": "1", "HF_HUB_OFFLINE": "1"} if is_peer else {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, env=env, capture_output=True, text=True, cwd=folder)
     found = [json.loads(line.split("measured ", 1)[1]) for line in done.stdout.splitlines() if "measured {" in line]
-    if len(found) != processes:
+    if len(found) != processes or any(len(each["times"]) < SETTINGS["steps"] for each in found):
         return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
     steps = [max(each["times"][at] for each in found) for at in range(2, SETTINGS["steps"])]
     return {"step_s": statistics.median(steps), "held": max(each["held"] for each in found), "rss": max(each["rss"] for each in found)}
