@@ -8,7 +8,7 @@ All train all weights of the same random Llama on the same rows of one length in
 process. The bare loop is what torch's tutorial has: `fully_shard` on each block and on the model, transformers' own loss,
 clipping, `AdamW(fused=True)`. Tools take turns, --rounds times, each in processes of its own (`torch.distributed.run`, one
 thread each); a step's time is the median of its steps after the first two, of the slowest process. `held` are bytes of
-weights, gradients and optimizer state in a process, counted from the tensors; `rss` is the peak over what the process had
+weights and optimizer state in a process, counted from the tensors; `rss` is the peak over what the process had
 when its model was loaded. Absolute numbers of a machine with fewer cores than processes mean nothing; ratios of one line of
 the table to another with as many processes do.
 
