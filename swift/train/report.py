@@ -139,12 +139,10 @@ def _with_interval(line: dict[str, Any], key: str) -> str:
 
 def plot_tasks(path: Path, state: TrainState, tasks: Sequence[str]) -> None:
     """The metric of each task over steps, with its 95% interval, as a PNG; one panel a task, since scales differ."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(len(tasks), figsize=(7, 2.6 * len(tasks)), dpi=120, layout="constrained", squeeze=False, sharex=True)
+    figure = Figure(figsize=(7, 2.6 * len(tasks)), dpi=120, layout="constrained")
+    panels = figure.subplots(len(tasks), squeeze=False, sharex=True)
     for axes, name in zip(panels[:, 0], tasks, strict=True):
         lines = [line for line in state.log_history if f"eval_{name}" in line]
         steps = [line["step"] for line in lines]

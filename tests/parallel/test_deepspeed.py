@@ -253,6 +253,18 @@ def test_settings_that_deepspeed_does_not_take_together_are_refused_in_one_line(
         run_ranks(1, load_as, untied, tmp_path, together)
 
 
+def test_what_another_package_raises_is_not_said_of_deepspeed():
+    from deepspeed import DeepSpeedConfig
+
+    from swift.parallel.deepspeed import package
+
+    wrong = {"train_batch_size": 3, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1}
+    for call, wanted in ((lambda: DeepSpeedConfig(wrong), True), (lambda: torch.zeros(2).view(3), False)):
+        with pytest.raises((AssertionError, RuntimeError)) as caught:
+            call()
+        assert package.has_raised(caught.value) is wanted
+
+
 def train(model, rows, out, more):
     from swift.api import sft
 

@@ -1,6 +1,7 @@
 """The package deepspeed: imported for the right device, and without compiling what is not needed."""
 
 import os
+import traceback
 import warnings
 from typing import Any
 
@@ -36,3 +37,9 @@ def reads_disks() -> bool:
     """Whether the reader and writer of disks can be compiled here: it needs libaio."""
     builder = part("deepspeed.ops.op_builder").AsyncIOBuilder
     return bool(builder().is_compatible(verbose=False))
+
+
+def has_raised(problem: BaseException) -> bool:
+    """Whether it is the package's own code that raised ``problem``."""
+    *_, (frame, _) = traceback.walk_tb(problem.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).split(".")[0] == "deepspeed"

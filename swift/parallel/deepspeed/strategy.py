@@ -96,7 +96,9 @@ class DeepSpeed:
                 raise
             raise ConfigError(f"{name}: optimizer.params does not fit: {first_line(problem)}") from None
         except (AssertionError, NotImplementedError, ValueError) as problem:
-            # What it does not take together, or not of this model, it finds out by these.
+            # What it does not take together, or not of this model, it finds out by these; it has no error class of its own.
+            if not package.has_raised(problem):
+                raise
             raise ConfigError(f"{name}: DeepSpeed refuses it: {first_line(problem)}") from problem
         self._forget_trial_step()
         self._register_head(entry)
