@@ -261,8 +261,9 @@ class Runtime:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._gone.wait(), 1.0)
             if self.state == "ready" and self._calls and time.monotonic() - self._heard_at > self.hang_s:
-                console.warn(f"the engine said nothing for {self.hang_s:g} s and is started again")
+                self.failure = f"it said nothing for {self.hang_s:g} s"
                 self._process.kill()
+                await self._gone.wait()
 
     def _write(self, connection: Any, outbox: "queue.SimpleQueue[Any]") -> None:
         """A thread: hands on what is said to the worker, which may be computing, or hang."""

@@ -48,6 +48,8 @@ def test_a_hanging_engine_is_started_again_and_its_requests_get_503(server):
     assert [(status, body["error"]["code"]) for status, body in found] == [(503, "engine_unavailable")] * 3
     server.wait()
     assert server.get("/health")[1]["restarts"] == 1
+    assert server.log.count("said nothing") == 1
+    assert "the engine ended (it said nothing for 3 s); it is started again\n" in server.log
     assert server.post("/v1/chat/completions", CHAT)[0] == 200
 
 
@@ -105,9 +107,10 @@ def test_an_engine_that_fails_is_started_again(server):
 
 def test_the_engine_ignores_the_signals_that_are_the_servers(server):
     """Service managers send them to all processes at once."""
-    threads, found = asked(server, count=2, body={**LONG, "max_tokens": 100})
+    threads, found = asked(server, count=2)
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(server.engine, number)
+    assert server.get("/health")[1]["requests"] == 2
     for thread in threads:
         thread.join()
     assert [status for status, _ in found] == [200, 200]
