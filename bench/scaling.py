@@ -6,14 +6,15 @@
 
 Of the arrangements that fit into --share of a card's memory, the one with the shortest step is shown. A step is computation
 at --tflops, longer by the idle share of a pipeline, and traffic at the speed of the links, as if nothing of it were hidden:
-that ranks arrangements, and predicts no machine. Tensor and sequence parallelism stay within a node.
+that ranks arrangements, and predicts no machine. Tensor and sequence parallelism stay within a node. Where none fits, parts
+are put into main memory, of which each card has --host_gib.
 """
 
 import argparse
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ class Machine:
     tflops: float
     near_gb_per_s: float
     far_gb_per_s: float
+    host_gib: float
+    host_gb_per_s: float
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,12 @@ def rows(shape: Shape, work: Work, cards: int, tokens: int, machine: Machine) ->
             yield measured(shape, own, spread, tokens, machine)
 
 
+def offloaded(shape: Shape, work: Work, cards: int, tokens: int, machine: Machine) -> Row:
+    """Parts of everything in main memory."""
+    own = replace(work, micro_batches=max(tokens // cards // work.tokens, 1), tokens=min(work.tokens, tokens // cards))
+    return measured(shape, own, Spread(dp=cards, offload=True), tokens, machine)
+
+
 def measured(shape: Shape, work: Work, spread: Spread, tokens: int, machine: Machine) -> Row:
     sent = traffic(shape, work, spread)
     active = shape.parameters - shape.layers * shape.feedforward * (1 - shape.experts_per_token / shape.experts if shape.experts else 0)
@@ -114,6 +123,7 @@ def measured(shape: Shape, work: Work, spread: Spread, tokens: int, machine: Mac
     is_one_node = spread.processes <= CARDS_PER_NODE
     near = sent.layers + sent.sequence + (far if is_one_node else 0.0)
     sends = near / (machine.near_gb_per_s * 1e9) + (0.0 if is_one_node else far) / (machine.far_gb_per_s * 1e9)
+    sends += sent.host / (machine.host_gb_per_s * 1e9)
     return Row(spread, work, memory(shape, work, spread), sent, computes / (1 - idle), sends)
 
 
@@ -126,7 +136,10 @@ def flags(row: Row, tuner: str) -> str:
         words.append("--tuner_type full --torch_dtype float32 --bf16 true")
     names = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "ep": "expert_model_parallel_size"}
     words += [f"--{name} {getattr(spread, axis)}" for axis, name in names.items() if getattr(spread, axis) > 1]
-    words += ["--fsdp fsdp2"] if spread.shards else []
+    if spread.offload:
+        words.append("--fsdp fsdp2 --fsdp_cpu_offload true" if spread.processes > 1 else "--deepspeed zero3_offload")
+    elif spread.shards:
+        words.append("--fsdp fsdp2")
     return " ".join([*words, f"--gradient_accumulation_steps {row.work.micro_batches}"])
 
 
@@ -134,7 +147,10 @@ def facts(row: Row | None, tuner: str, *, fits: bool) -> dict[str, Any]:
     """What is known of an arrangement, for --json: bytes by what they are for, and seconds by the formulas."""
     if row is None:
         return {"fits": False}
-    memory, traffic = asdict(row.memory) | {"total": row.memory.total}, asdict(row.traffic) | {"total": row.traffic.total}
+    memory, traffic = (
+        asdict(row.memory) | {"total": row.memory.total, "host": row.memory.host},
+        asdict(row.traffic) | {"total": row.traffic.total},
+    )
     return {"fits": fits, "options": flags(row, tuner), "memory": memory, "traffic": traffic, "step_s": row.step_s}
 
 
@@ -147,6 +163,10 @@ def best(shape: Shape, tuner: str, cards: int, pass_tokens: int, tokens: int, ma
         if tuner != "qlora" or (row.spread.tp == row.spread.pp == row.spread.ep == 1)
     ]
     fitting = [row for row in found if row.memory.total <= machine.share * machine.card_gib * GIB]
+    if not fitting and tuner != "qlora":
+        row = offloaded(shape, work, cards, tokens, machine)
+        if row.memory.total <= machine.share * machine.card_gib * GIB and row.memory.host <= machine.share * machine.host_gib * GIB:
+            fitting = [row]
     smallest = min(found, key=lambda row: row.memory.total, default=None)
     return min(fitting, key=lambda row: (row.step_s, row.memory.total), default=None), smallest
 
@@ -162,9 +182,11 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=400)
     parser.add_argument("--near_gb_per_s", type=float, default=400, help="between cards of a node")
     parser.add_argument("--far_gb_per_s", type=float, default=40, help="between nodes, for each card")
+    parser.add_argument("--host_gib", type=float, default=256, help="of main memory, for each card")
+    parser.add_argument("--host_gb_per_s", type=float, default=25, help="between a card and main memory")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    machine = Machine(options.card_gib, options.share, options.tflops, options.near_gb_per_s, options.far_gb_per_s)
+    machine = Machine(**{field.name: getattr(options, field.name) for field in fields(Machine)})
     models = MODELS if options.config is None else {options.config.parent.name: json.loads(options.config.read_text(encoding="utf-8"))}
     if not options.json:
         print("| model | cards | tuner | arrangement | GiB a card | sent GB a step and card | options |")
@@ -182,7 +204,9 @@ def main() -> None:
             print(f"| {name} | {cards} | {tuner} | {least} | | | |")
         else:
             axes = [f"{axis} {size}" for axis in ("pp", "dp", "tp", "ep") if (size := getattr(row.spread, axis)) > 1]
-            text = " x ".join(axes) + (", sharded" if row.spread.shards else "")
+            text = " x ".join(axes) + (", sharded" if row.spread.shards and not row.spread.offload else "")
+            if row.spread.offload:
+                text = f"{text or 'one process'}, in main memory ({row.memory.host / GIB:.0f} GiB)"
             figures = f"{row.memory.total / GIB:.0f} | {row.traffic.total / 1e9:.1f}"
             print(f"| {name} | {cards} | {tuner} | {text or 'one process'} | {figures} | `{flags(row, tuner)}` |")
 

@@ -104,6 +104,8 @@ class Spread:
     pp: int = 1
     ep: int = 1
     shards: bool = True
+    offload: bool = False
+    """Whether what is sharded lies in main memory, as with --fsdp_cpu_offload; one process may do so too."""
 
     @property
     def processes(self) -> int:
@@ -117,12 +119,24 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    gathered: float  # weights that are whole for a while
+    gathered: float  # weights and gradients that are whole for a while
     activations: float
+    is_offloaded: bool = False
+
+    @property
+    def held(self) -> float:
+        """What lasts from step to step, and the gradients."""
+        return self.weights + self.gradients + self.optimizer
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
+        """On the card."""
+        return self.gathered + self.activations + (0.0 if self.is_offloaded else self.held)
+
+    @property
+    def host(self) -> float:
+        """In main memory."""
+        return self.held if self.is_offloaded else 0.0
 
 
 @dataclass(frozen=True)
@@ -135,6 +149,8 @@ class Traffic:
     sequence: float = 0.0
     stages: float = 0.0
     experts: float = 0.0
+    host: float = 0.0
+    """Between the card and main memory; to no other process, and not in the total."""
 
     @property
     def total(self) -> float:
@@ -146,9 +162,10 @@ def memory(shape: Shape, work: Work, spread: Spread) -> Memory:
     own, outside = _own_parameters(shape, spread), _outside(shape, spread)
     parts = spread.dp * spread.cp if spread.shards else 1
     gathered = 0.0
-    if spread.shards and parts > 1:
-        # Two blocks, one that computes and one that comes, and what is outside of them, which stays.
+    if spread.shards and (parts > 1 or spread.offload):
+        # Two blocks, one that computes and one that comes, and what is outside of them, which stays; the gradients of one.
         gathered = 2 * _block(shape, spread) * work.travel_bytes + outside * _or(work.outside_bytes, work.travel_bytes)
+        gathered += max(_block(shape, spread), outside) * work.trained * work.gradient_bytes
     adapter = own * work.trained * ADAPTER_BYTES if work.trained < 1 else 0.0
     return Memory(
         weights=((own - outside) * work.weight_bytes + outside * _or(work.outside_bytes, work.weight_bytes) + adapter) / parts,
@@ -156,19 +173,23 @@ def memory(shape: Shape, work: Work, spread: Spread) -> Memory:
         optimizer=own * work.trained * work.optimizer_bytes / parts,
         gathered=gathered,
         activations=_activations(shape, work, spread),
+        is_offloaded=spread.shards and spread.offload,
     )
 
 
 def traffic(shape: Shape, work: Work, spread: Spread) -> Traffic:
     """What one process sends in a step. Rings send a sum of b bytes in 2 b (n - 1) / n, a part of it in half of that."""
     own, n = _own_parameters(shape, spread), spread.dp * spread.cp
-    layers, ring = _layers(shape, spread), (n - 1) / n
+    layers, ring, host = _layers(shape, spread), (n - 1) / n, 0.0
     if spread.shards:
         # Blocks are gathered for the forward and again for the backward pass, the rest once; gradients of each micro-batch go out.
         outside = _outside(shape, spread)
         gathered = 2 * (own - outside) * work.travel_bytes + outside * _or(work.outside_bytes, work.travel_bytes)
         weights = gathered * ring * work.micro_batches
         gradients = own * work.trained * work.gradient_bytes * ring * work.micro_batches
+        if spread.offload:  # its part of them, as it is kept
+            kept = 2 * (own - outside) * work.weight_bytes + outside * _or(work.outside_bytes, work.weight_bytes)
+            host = (kept + own * work.trained * work.gradient_bytes) / n * work.micro_batches
     else:
         # Experts are copied less often: gradients of each are summed by the processes that have it.
         experts, copies = (layers * _experts(shape, spread) if spread.ep > 1 else 0.0), n / spread.ep
@@ -187,6 +208,7 @@ def traffic(shape: Shape, work: Work, spread: Spread) -> Traffic:
         sequence=layers * times * states * heads / spread.tp * (spread.cp - 1) / spread.cp,
         stages=2 * states if spread.pp > 1 else 0.0,
         experts=layers * times * 2 * states * max(shape.experts_per_token, 1) * (spread.ep - 1) / spread.ep if shape.experts else 0.0,
+        host=host,
     )
 
 

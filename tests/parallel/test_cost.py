@@ -61,6 +61,21 @@ def test_a_pipeline_is_as_large_as_its_longest_stage():
     assert held.weights == (2 * 9_280 + 10_240) * 4
 
 
+def test_what_is_offloaded_is_in_main_memory_and_a_block_and_what_is_outside_come_to_the_card():
+    # Of 57,632 weights half of 16 bytes each in either process. Gathered in 2 bytes: two blocks of 9,280 and 20,512 outside of
+    # them, whose gradients, of 4 bytes, are whole for a while.
+    work = Work(tokens=64, weight_bytes=4, micro_batches=3)
+    here, there = (memory(Shape.of(CONFIG), work, Spread(dp=2, offload=offload)) for offload in (False, True))
+    gathered = 2 * (2 * 9_280 + 20_512) + 4 * 20_512
+    assert here.gathered == there.gathered == gathered
+    assert (there.host, there.total) == (57_632 / 2 * 16, gathered + here.activations)
+    assert (here.host, here.total) == (0, 57_632 / 2 * 16 + gathered + here.activations)
+    # Down: of blocks its half twice, of the rest once; up: its half of the gradients. Three times.
+    sent = traffic(Shape.of(CONFIG), work, Spread(dp=2, offload=True))
+    assert sent.host == 3 * (2 * 37_120 + 20_512 + 57_632) * 4 / 2
+    assert sent.total == traffic(Shape.of(CONFIG), work, Spread(dp=2)).total
+
+
 def test_gradients_of_spread_experts_are_summed_by_the_processes_that_have_them():
     shape = Shape.of(CONFIG | {"moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2})
     # 4 * 8 * 3 * 32 * 24 = 73,728 weights of experts; 4 * (3,072 + 64 + 256) + 20,512 = 34,080 others, which all four have.
