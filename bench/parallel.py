@@ -19,6 +19,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -223,6 +224,8 @@ def run_ms_swift(tool: str, folder: Path, length: int) -> None:
     words |= {"gradient_checkpointing": "false", "attn_impl": "sdpa", "use_cpu": "true", "bf16": "false", "fp16": "false"}
     words |= {"split_dataset_ratio": 0, "dataset_num_proc": 1, "dataloader_num_workers": 0, "optim": "adamw_torch_fused"}
     kind = tool.removeprefix("ms_swift-")
+    if kind == "zero3":  # transformers asks DeepSpeed for the number of processes before anyone has told it
+        deepspeed.init_distributed("gloo", verbose=False)
     words |= {"deepspeed": kind} if kind.startswith("zero") else {}
     pretrain_main([text for name, value in words.items() for text in (f"--{name}", str(value))])
     finish(times, 0, before)
@@ -247,7 +250,8 @@ def measure(tool: str, processes: int, folder: Path, length: int) -> dict[str, A
     done = subprocess.run(words, env=env, capture_output=True, text=True, cwd=folder)
     found = [json.loads(line.split("measured ", 1)[1]) for line in done.stdout.splitlines() if "measured {" in line]
     if len(found) != processes or any(len(each["times"]) < SETTINGS["steps"] for each in found):
-        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        return {"error": next((line for line in lines if re.search(r"\w(Error|Exception): (?!\()", line)), lines[-1])[:200]}
     steps = [max(each["times"][at] for each in found) for at in range(2, SETTINGS["steps"])]
     return {"step_s": statistics.median(steps), "held": max(each["held"] for each in found), "rss": max(each["rss"] for each in found)}
 
