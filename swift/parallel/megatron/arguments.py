@@ -63,7 +63,6 @@ TRAINERS_OWN = (
     "cross_entropy_fusion_impl",
     "align_param_gather",
     "manual_gc",
-    "padding_free",
     "async_save",
 )
 # Fields of TransformerConfig that follow from the model, from an option, or from how a step is divided.
