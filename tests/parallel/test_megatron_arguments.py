@@ -90,7 +90,7 @@ TWO = Sizes(dp=2)
         ({"freeze_parameters_ratio": 0.5}, TWO, "--strategy megatron and --freeze_parameters_ratio cannot be combined"),
         ({"neftune_noise_alpha": 5.0}, TWO, "--neftune_noise_alpha cannot be combined"),
         ({"router_aux_loss_coef": 0.01}, TWO, "--router_aux_loss_coef cannot be combined"),
-        ({"attn_impl": "eager"}, TWO, "--attn_impl cannot be combined: attention is Megatron's"),
+        ({"attn_impl": "eager"}, TWO, "--attn_impl cannot be combined: it names an attention of transformers"),
         ({"padding_side": "left"}, TWO, "--padding_side left cannot be combined"),
         ({"fp16": True}, TWO, "float16 cannot be combined: there is no loss scale"),
         ({"bf16": True, "torch_dtype": "float32"}, TWO, "--bf16 true and --torch_dtype float32 cannot be combined"),

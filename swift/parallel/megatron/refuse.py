@@ -16,7 +16,7 @@ FULL_ONLY = (
 NOT_OURS = {
     "neftune_noise_alpha": "noise is added to the embeddings of transformers",
     "use_liger_kernel": "its kernels are for the layers of transformers",
-    "attn_impl": "attention is Megatron's",
+    "attn_impl": "it names an attention of transformers",
     "router_aux_loss_coef": "the loss that balances experts is not built yet for it",
     "gradient_checkpointing_kwargs": "--recompute_granularity says what is computed again",
 }
