@@ -37,7 +37,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "launch": (
         "LaunchConfig",
         "swift.launch.run:run_launch",
-        "start sft, pt or rlhf in several processes: here, by Slurm, Ray, Kubernetes",
+        "start sft, pt, rlhf or megatron in several processes: here, by Slurm, Ray, Kubernetes",
     ),
     "runs list": ("RunsConfig", "swift.train.commands:runs_list", "runs in a folder, with their losses"),
     "runs show": ("RunsConfig", "swift.train.commands:runs_show", "one run: its report and its checkpoints"),
@@ -64,8 +64,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not is_debug:
         console.quiet_libraries()
     try:
-        if words[:1] == ["megatron"]:
-            words = import_module("swift.parallel.megatron.arguments").words_for_swift(words[1:])
         if os.environ.get("NPROC_PER_NODE") or os.environ.get("NNODES"):
             from swift.config.launch import words_of_environment
 
@@ -117,6 +115,8 @@ def run(words: list[str], *, show_config: bool = False) -> Any:
         return None
     if words[0] == "completion":
         return _print_completion(words[1:])
+    if words[0] == "megatron":
+        words = import_module("swift.parallel.megatron.arguments").words_for_swift(words[1:])
     name, rest = find_command(words)
     class_name, target, summary = COMMANDS[name]
     cls = getattr(import_module("swift.config.commands" if class_name != "Config" else "swift.config.options"), class_name)

@@ -9,6 +9,7 @@ from swift.config.options import Config, build, opt
 from swift.errors import ConfigError
 
 TRAINING = ("pt", "sft", "rlhf")  # the commands that several processes do together
+MEGATRON = "megatron"  # its sft and pt: the same, in Megatron's option names
 # ms-swift's way to start several processes: environment variables, each of which is an option of swift launch.
 VARIABLES = {
     "NPROC_PER_NODE": "nproc_per_node",
@@ -81,7 +82,9 @@ class LaunchConfig(Config):
     kueue: str | None = opt(None, "k8s: queue of Kueue that admits the job")
     jobset: bool = opt(False, "k8s: a JobSet in the place of a Job, so that a failed machine starts all again")
     volume_claim: str | None = opt(None, "k8s: PersistentVolumeClaim that is mounted at /workspace, where the command runs")
-    command: list[str] = opt([], "what is started, after --: sft, pt or rlhf with their options", positional=True)
+    command: list[str] = opt(
+        [], "what is started, after --: sft, pt, rlhf, megatron sft or megatron pt with their options", positional=True
+    )
 
     @property
     def way(self) -> str | None:
@@ -98,7 +101,17 @@ class LaunchConfig(Config):
 
     @property
     def name(self) -> str:
-        return self.job_name or f"swift-{self.command[0]}"
+        words = self.command[: 2 if self.command[0] == MEGATRON else 1]
+        return self.job_name or "-".join(["swift", *words])
+
+    @property
+    def world_size(self) -> int | None:
+        """Processes of the run; None if this machine's accelerators will say."""
+        if self.way == "ray":
+            return self.num_workers
+        if self.way is not None:
+            return self.nodes * max(1, self.gpus_per_node)
+        return self.nproc_per_node and self.nproc_per_node * self.nnodes
 
     def check(self) -> None:
         super().check()
@@ -107,9 +120,10 @@ class LaunchConfig(Config):
             raise ConfigError(f"--{chosen[0]} and --{chosen[1]} exclude each other", hint="keep one")
         if not self.command:
             raise ConfigError("nothing to launch", hint="swift launch [OPTIONS] -- sft --model ...: what is started stands after --")
-        if self.command[0] not in TRAINING:
+        if not is_training(self.command):
             raise ConfigError(
-                f"swift {self.command[0]} is not done by several processes", hint=f"swift launch starts: {', '.join(TRAINING)}"
+                f"swift {self.command[0]} is not done by several processes",
+                hint=f"swift launch starts: {', '.join(TRAINING)}, {MEGATRON} sft, {MEGATRON} pt",
             )
         read = _READ[chosen[0]] if chosen else [*_HERE, "hang_timeout"]
         because = f"with --{chosen[0]}" if chosen else "without --slurm, --ray or --k8s"
@@ -162,6 +176,11 @@ class LaunchConfig(Config):
                 )
 
 
+def is_training(words: Sequence[str]) -> bool:
+    """Whether ``words`` are a command that several processes do together."""
+    return bool(words) and (words[0] in TRAINING or (words[0] == MEGATRON and len(words) > 1))
+
+
 def words_of_environment(command: list[str], more: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> list[str] | None:
     """The words of ``swift launch`` that NPROC_PER_NODE and the variables beside it ask for, as ms-swift reads them.
 
@@ -169,7 +188,7 @@ def words_of_environment(command: list[str], more: Sequence[str] = (), environme
     says nothing: operators of Kubernetes number machines by it. ``more`` are flags that stand before the command.
     """
     env = os.environ if environment is None else environment
-    if not command or command[0] not in TRAINING or env.get("LOCAL_RANK") or {"--help", "-h"} & set(command) or "--show_config" in more:
+    if not is_training(command) or env.get("LOCAL_RANK") or {"--help", "-h"} & set(command) or "--show_config" in more:
         return None
     said = {option: env[name] for name, option in VARIABLES.items() if env.get(name)}
     if said.get("nnodes", "1") == "1":  # a cluster sets the others for one machine too

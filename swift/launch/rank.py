@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from swift import console, progress
-from swift.config.launch import TRAINING
+from swift.config.launch import is_training
 from swift.errors import SwiftError
 from swift.launch.slurm_step import ranks_of_step
 
@@ -33,7 +33,7 @@ _PR_SET_PDEATHSIG = 1
 
 def enter(words: Sequence[str]) -> list[str]:
     """Make this process a good rank, if it is one; gives the words of its command, changed if it goes on from a checkpoint."""
-    if words and words[0] in TRAINING:  # swift launch itself is started by srun too
+    if is_training(words):  # swift launch itself is started by srun too
         os.environ.update(ranks_of_step(os.environ))
     place = os.environ.get(FOLDER)
     if place is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from swift import console
 from swift.config import commands, flags
-from swift.config.launch import LaunchConfig
+from swift.config.launch import MEGATRON, LaunchConfig
 from swift.config.saved import saved_options
 from swift.errors import ConfigError, MachineError, first_line
 
@@ -39,12 +39,18 @@ def run_launch(config: LaunchConfig) -> Any:
 
 def read_command(config: LaunchConfig) -> Any:
     """The config of what is launched; the error that every rank would raise. Its notices come from rank 0 later."""
-    name, *words = config.command
+    command = [word for word in config.command if word not in ("--json", "--debug")]
+    with contextlib.redirect_stderr(io.StringIO()):
+        if command[0] == MEGATRON:
+            from swift.parallel.megatron.arguments import words_for_swift
+
+            command = words_for_swift(command[1:], world_size=config.world_size or _processes_here() * config.nnodes)
+    name, *words = command
     cls = getattr(commands, f"{name.capitalize()}Config", None)
     if cls is None:
         raise ConfigError(f"swift {name} is not available", hint="swift --help lists the commands")
     with contextlib.redirect_stderr(io.StringIO()):
-        return flags.parse(cls, name, "", [word for word in words if word not in ("--json", "--debug")], checkpoint=saved_options)
+        return flags.parse(cls, name, "", words, checkpoint=saved_options)
 
 
 def log_dir(config: LaunchConfig, training: Any) -> Path:

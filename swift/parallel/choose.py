@@ -178,6 +178,8 @@ def make_strategy(
             experts=arrangement.experts,
             split=_split(config, mesh, device, dtype, tokens, is_flat) if mesh.size("pp") > 1 else None,
         )
+    if arrangement.strategy == "megatron":
+        return STRATEGIES.get("megatron")(config, world, device, dtype, is_flat=is_flat)
     return STRATEGIES.get(arrangement.strategy)(config, world, device, dtype)
 
 

@@ -77,6 +77,14 @@ def test_each_pod_is_a_machine_that_meets_the_others_at_the_first():
     ]
 
 
+def test_megatron_is_passed_on_in_its_own_words():
+    command = ["megatron", "sft", "--load", "m", "--micro_batch_size", "1"]
+    job = manifests(config(command=command))[0]
+    assert job["metadata"]["name"] == "swift-megatron-sft"
+    assert words(job["spec"]["template"]["spec"]) == ["swift", "launch", "--nproc_per_node=1", "--", *command]
+    check(job)
+
+
 def test_cores_and_memory_are_asked_for():
     def resources(**options):
         return manifests(config(**options))[0]["spec"]["template"]["spec"]["containers"][0]["resources"]

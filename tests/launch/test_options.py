@@ -7,12 +7,15 @@ import pytest
 
 from swift import cli
 from swift.config import flags
+from swift.config.commands import PtConfig
 from swift.config.launch import LaunchConfig, words_of_environment
 from swift.errors import ConfigError
 from swift.launch.rank import resumed
-from swift.launch.run import meeting_place
+from swift.launch.run import meeting_place, read_command
+from swift.parallel.megatron.arguments import words_for_swift
 
 COMMAND = ["sft", "--model", "m", "--dataset", "d"]
+MEGATRON = ["megatron", "pt", "--load", "m", "--dataset", "d", "--global_batch_size", "6"]
 
 
 def parse(*words):
@@ -30,6 +33,10 @@ def test_what_stands_after_the_dashes_is_not_read_here():
         (["launch"], "nothing to launch"),
         (["launch", "--", "eval", "--model", "m"], "swift eval is not done by several processes"),
         (["launch", "--nproc_per_node", "2", "--", "sft", "--modle", "m"], "unknown option --modle"),
+        (["launch", "--nproc_per_node", "2", "--", "megatron"], "swift megatron is not done by several processes"),
+        (["launch", "--nproc_per_node", "2", "--", "megatron", "rlhf"], "megatron rlhf is not available: it has sft, pt"),
+        (["launch", "--nproc_per_node", "2", "--", *MEGATRON, "--lr", "x"], "--learning_rate takes float"),
+        (["launch", "--nproc_per_node", "4", "--", *MEGATRON], "--global_batch_size 6 is no multiple of --micro_batch_size 1 x 4"),
         (["launch", "--nproc_per_node", "2", "--node_rank", "1", "--", *COMMAND], "--node_rank has no effect with one machine"),
         (["launch", "--nnodes", "2", "--", *COMMAND], "--nnodes 2 needs the address of the first machine"),
         (["launch", "--nnodes", "2", "--master_addr", "a", "--", *COMMAND], "--nnodes 2 needs --node_rank"),
@@ -60,10 +67,32 @@ def test_the_variables_of_ms_swift_start_processes():
     assert (config.nproc_per_node, config.node_rank, config.command) == (4, 1, [*COMMAND, "--json"])
 
 
+def test_the_variables_start_processes_of_megatron_too():
+    words = words_of_environment(MEGATRON, [], {"NPROC_PER_NODE": "2"})
+    assert words == ["launch", "--nproc_per_node=2", "--", *MEGATRON]
+    training = read_command(flags.parse(LaunchConfig, "launch", "", words[1:]))
+    assert (training.strategy, training.model, training.gradient_accumulation_steps) == ("megatron", "m", 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        (["--nproc_per_node", "4", "--nnodes", "2", "--rdzv_endpoint", "a:1"], 8),
+        (["--slurm", "--nodes", "2", "--gpus_per_node", "8"], 16),
+        (["--k8s", "--image", "i", "--nodes", "3", "--gpus_per_node", "0"], 3),
+        (["--ray", "--num_workers", "5"], 5),
+        ([], None),
+    ],
+)
+def test_the_processes_of_a_run_are_counted_before_it_starts(words, size):
+    assert parse(*words).world_size == size
+
+
 @pytest.mark.parametrize(
     ("command", "env"),
     [
         (COMMAND, {}),
+        (["megatron"], {"NPROC_PER_NODE": "2"}),  # its help
         (COMMAND, {"NPROC_PER_NODE": "1"}),
         (COMMAND, {"MASTER_ADDR": "a"}),
         (COMMAND, {"NPROC_PER_NODE": "2", "RANK": "0", "LOCAL_RANK": "0"}),  # it is one of those already
@@ -101,3 +130,7 @@ def test_the_words_of_a_second_attempt():
     words = ["sft", "r.yaml", "--adapters", "a", "b", "--max_steps", "3", "--resume_from_checkpoint=x", "--resume-only-model", "true"]
     again = ["--resume_from_checkpoint", "run", "--resume_only_model", "false", "--adapters"]
     assert resumed(words, "run") == ["sft", "r.yaml", "--max_steps", "3", *again]
+    # What a rank that goes on makes of Megatron's words.
+    words = words_for_swift(resumed([*MEGATRON, "--adapters", "a"], "run")[1:], world_size=2)
+    training = flags.parse(PtConfig, "pt", "", words[1:])
+    assert (training.resume_from_checkpoint, training.adapters, training.model) == ("run", [], "m")

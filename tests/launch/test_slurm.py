@@ -64,6 +64,13 @@ def test_bash_gives_the_words_unchanged(tmp_path):
     assert "--nnodes=2" in words
 
 
+def test_megatron_is_passed_on_in_its_own_words(tmp_path):
+    command = ["megatron", "sft", "--load", "m", "--micro_batch_size", "1"]
+    script = batch_script(config(gpus_per_node=8, command=command), log_dir=tmp_path)
+    assert "#SBATCH --job-name=swift-megatron-sft\n" in script
+    assert script.endswith(f" --log_dir={tmp_path} -- megatron sft --load m --micro_batch_size 1\n")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

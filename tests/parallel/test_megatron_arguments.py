@@ -13,7 +13,7 @@ from swift.parallel.mesh import Sizes
 # As ms-swift's recipes have it; --moe_router_topk and --attention_softmax_in_fp32 are fields of Megatron-Core alone.
 LINE = """sft --load m --dataset d --micro-batch-size 2 --global_batch_size=16 --tensor_model_parallel_size 2 --lr 1e-5 --min_lr 1e-6
 --lr_warmup_fraction 0.05 --train_iters 100 --save out --save_interval 50 --finetune true --no_save_optim true --tuner_type full
---no_load_rng true --overlap_grad_reduce true --use_distributed_optimizer true --attention_backend flash --padding_free true
+--no_load_rng true --overlap_grad_reduce true --use_distributed_optimizer true --attention_backend flash --padding_free true --packing true
 --recompute_granularity full --recompute_method block --recompute_num_layers 1
 --attention_softmax_in_fp32 true --tp_comm_overlap_rs false"""
 
@@ -24,6 +24,7 @@ def test_a_command_line_of_megatron_is_one_of_swift(monkeypatch):
     words = words_for_swift(shlex.split(LINE))
     config = flags.parse(SftConfig, "sft", "", words[1:])
     assert (words[0], config.strategy, config.model, config.output_dir) == ("sft", "megatron", "m", "out")
+    assert (config.packing, config.padding_free) == (True, True)
     assert (config.per_device_train_batch_size, config.tensor_model_parallel_size) == (2, 2)
     assert config.gradient_accumulation_steps == 4  # 16 rows = 2 rows x 2 copies of the model x 4
     assert (config.learning_rate, config.lr_scheduler_kwargs) == (1e-5, {"min_lr": 1e-6})
@@ -89,8 +90,7 @@ TWO = Sizes(dp=2)
         ({"freeze_parameters_ratio": 0.5}, TWO, "--strategy megatron and --freeze_parameters_ratio cannot be combined"),
         ({"neftune_noise_alpha": 5.0}, TWO, "--neftune_noise_alpha cannot be combined"),
         ({"router_aux_loss_coef": 0.01}, TWO, "--router_aux_loss_coef cannot be combined"),
-        ({"attn_impl": "eager"}, TWO, "--attn_impl cannot be combined: attention is Megatron's"),
-        ({"packing": True}, TWO, "--packing cannot be combined: rows are padded"),
+        ({"attn_impl": "eager"}, TWO, "--attn_impl cannot be combined: it names an attention of transformers"),
         ({"padding_side": "left"}, TWO, "--padding_side left cannot be combined"),
         ({"fp16": True}, TWO, "float16 cannot be combined: there is no loss scale"),
         ({"bf16": True, "torch_dtype": "float32"}, TWO, "--bf16 true and --torch_dtype float32 cannot be combined"),
@@ -115,7 +115,7 @@ def test_what_is_left_open_is_filled():
         SftConfig, ("python", OPTIONS | {"bf16": True, "virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_size": 2})
     )
     Megatron.check(config, Sizes(pp=2))
-    assert (config.padding_free, config.torch_dtype, config.pipeline_schedule) == (False, "bfloat16", "interleaved")
+    assert (config.padding_free, config.torch_dtype, config.pipeline_schedule) == (None, "bfloat16", "interleaved")
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,6 @@ TRAINERS_OWN = (
     "cross_entropy_fusion_impl",
     "align_param_gather",
     "manual_gc",
-    "padding_free",
     "async_save",
 )
 # Fields of TransformerConfig that follow from the model, from an option, or from how a step is divided.
@@ -78,8 +77,11 @@ DECIDED = frozenset(
 COMMANDS = ("sft", "pt")
 
 
-def words_for_swift(words: Sequence[str]) -> list[str]:
-    """``words`` after ``megatron`` as words after ``swift``. ConfigError for a command that there is not."""
+def words_for_swift(words: Sequence[str], *, world_size: int | None = None) -> list[str]:
+    """``words`` after ``megatron`` as words after ``swift``, for a run of ``world_size`` processes, by default those of the environment.
+
+    ConfigError for a command that there is not.
+    """
     if not words or words[0] in ("-h", "--help"):
         return ["sft", "--help"]
     if words[0] not in COMMANDS:
@@ -88,7 +90,7 @@ def words_for_swift(words: Sequence[str]) -> list[str]:
         raise ConfigError(f"megatron {words[0]} is not available: it has {', '.join(COMMANDS)}", hint=hint)
     if {"-h", "--help"} & set(words):
         return [words[0], "--help"]
-    given = translate(words[1:], world_size=_world_size(os.environ))
+    given = translate(words[1:], world_size=world_size or _world_size(os.environ))
     tuner = [] if {"--tuner_type", "--train_type", "--sft_type"} & set(given) else ["--tuner_type", "full"]
     return [words[0], "--strategy", "megatron", *tuner, *given]
 

@@ -20,7 +20,8 @@ class Layout:
     """Processes along each of Megatron's axes.
 
     ``cp`` processes share each sequence. ``vpp`` is the number of runs of layers that a stage has. With ``shares_tokens``,
-    processes that share a layer share the tokens between its matrices (Megatron's sequence parallelism).
+    processes that share a layer share the tokens between its matrices (Megatron's sequence parallelism). With ``is_flat``,
+    batches are rows of documents without padding, and attention and positions are ours, as with ``cp``.
     """
 
     tp: int = 1
@@ -29,6 +30,12 @@ class Layout:
     ep: int = 1
     vpp: int = 1
     shares_tokens: bool = False
+    is_flat: bool = False
+
+    @property
+    def computes_parts(self) -> bool:
+        """Whether batches have a layout, which only our attention reads."""
+        return self.is_flat or self.cp > 1
 
     def check(self, settings: Settings, world_size: int) -> None:
         """ConfigError, in every process, if the model or the number of processes does not divide."""
@@ -118,7 +125,7 @@ def transformer_config(settings: Settings, layout: Layout, *, device: torch.devi
             found = module.TransformerConfig(**{**fields, **extra})
     except (ValueError, AssertionError, TypeError) as problem:
         raise ConfigError(f"Megatron-Core refuses these settings: {first_line(problem)}") from None
-    if layout.cp > 1:
+    if layout.computes_parts:
         check_part_attention(found)
     return found
 
@@ -150,7 +157,7 @@ def build_chunks(settings: Settings, config: Any, state: Any, layout: Layout) ->
     for stage in range(layout.vpp):
         number = stage if layout.vpp > 1 else None
         spec = specs.get_gpt_decoder_block_spec(config, use_transformer_engine=has_engine, vp_stage=number)
-        if layout.cp > 1:
+        if layout.computes_parts:
             use_part_attention(spec)
         chunk = gpt.GPTModel(
             config,
@@ -160,7 +167,7 @@ def build_chunks(settings: Settings, config: Any, state: Any, layout: Layout) ->
             post_process=state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
             vp_stage=number,
         )
-        if layout.cp > 1:
+        if layout.computes_parts:
             use_part_positions(chunk)
         chunks.append(chunk)
     return chunks

@@ -60,7 +60,7 @@ class MegatronPolicy:
 
     @contextlib.contextmanager
     def root(self, ids_P: Tensor | None, document_length: int | None = None) -> Iterator[None]:
-        assert ids_P is None  # batches are padded, and padded ones have no root
+        assert ids_P is None  # the beginning of a whole step would have to be computed outside of the schedule
         yield
 
     def _likeliest(self, logits_SP: Tensor, columns_P: Tensor) -> Tensor:

@@ -16,9 +16,8 @@ FULL_ONLY = (
 NOT_OURS = {
     "neftune_noise_alpha": "noise is added to the embeddings of transformers",
     "use_liger_kernel": "its kernels are for the layers of transformers",
-    "attn_impl": "attention is Megatron's",
+    "attn_impl": "it names an attention of transformers",
     "router_aux_loss_coef": "the loss that balances experts is not built yet for it",
-    "max_tokens_per_batch": "rows are padded",
     "gradient_checkpointing_kwargs": "--recompute_granularity says what is computed again",
 }
 
@@ -36,11 +35,6 @@ def refuse(config: SftConfig, sizes: Sizes) -> None:
     for name, reason in NOT_OURS.items():
         if config.given(name):
             raise ConfigError(f"--strategy megatron and --{name} cannot be combined: {reason}", hint=f"remove --{name}")
-    if config.packing or config.padding_free:
-        name = "packing" if config.packing else "padding_free"
-        raise ConfigError(f"--strategy megatron and --{name} cannot be combined: rows are padded", hint=f"remove --{name}")
-    if config.padding_free is None:
-        config.derive("padding_free", False, "--strategy megatron")
     if config.padding_side == "left":
         raise ConfigError("--strategy megatron and --padding_side left cannot be combined", hint="say --padding_side right")
     _check_precision(config)

@@ -16,27 +16,29 @@ from torch.optim import Optimizer
 from swift.config.commands import SftConfig
 from swift.errors import ConfigError, ModelError, TrainingError
 from swift.model.batch import Batch
-from swift.model.policy import evaluating, is_close, probe_ids
+from swift.model.policy import evaluating, is_close
 from swift.objectives.base import Objective
 from swift.parallel.base import Sums
 from swift.parallel.megatron import checkpoint, package
 from swift.parallel.megatron.arguments import check_fields
 from swift.parallel.megatron.bridge import Bridge
-from swift.parallel.megatron.context import compute_part
+from swift.parallel.megatron.context import compute_part, filled
 from swift.parallel.megatron.cpu import on_cpu
 from swift.parallel.megatron.describe import describe
 from swift.parallel.megatron.gradients import gradient_norm, scale_gradients, sum_gradients
 from swift.parallel.megatron.holder import Holder
 from swift.parallel.megatron.model import Layout, build_chunks, join_groups, transformer_config
 from swift.parallel.megatron.policy import MegatronPolicy
+from swift.parallel.megatron.probe import probe
 from swift.parallel.megatron.refuse import refuse
 from swift.parallel.mesh import Sizes
+from swift.parallel.pipeline.run import warn_of_idle
 from swift.parallel.sequence import PartPolicy, make_share, split
 from swift.parallel.world import World, add
 
 
 class Megatron:
-    """Tensor, pipeline (1F1B and interleaved), expert and data parallel by Megatron-Core; our attention over parts of sequences."""
+    """Tensor, pipeline (1F1B and interleaved), expert and data parallel by Megatron-Core; our attention over flat rows and their parts."""
 
     shards = True
 
@@ -47,7 +49,10 @@ class Megatron:
         package.part("parallel_state")
         check_fields(config.transformer_fields(recompute_all=False))
 
-    def __init__(self, config: SftConfig, world: World, device: torch.device, autocast_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, config: SftConfig, world: World, device: torch.device, autocast_dtype: torch.dtype | None = None, *, is_flat: bool = False
+    ) -> None:
+        """``is_flat``: all batches are rows of documents without padding."""
         self.config, self.world, self.device, self.dtype = config, world, device, autocast_dtype
         virtual = config.virtual_pipeline_model_parallel_size
         self.layout = Layout(
@@ -57,7 +62,9 @@ class Megatron:
             ep=config.expert_model_parallel_size,
             vpp=virtual,
             shares_tokens=config.sequence_parallel,
+            is_flat=is_flat,
         )
+        self._has_warned = False
         package.quiet_logs()
 
     def prepare(self, model: Any, make_optimizer: Callable[[Any], Optimizer]) -> tuple[Any, Optimizer]:
@@ -114,6 +121,9 @@ class Megatron:
         return add(values, self.device, self.groups.get_data_parallel_group())
 
     def accumulate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch], count: float) -> Sums:
+        if len(batches) < self.layout.pp and not self._has_warned:
+            self._has_warned = True
+            warn_of_idle(self.layout.pp, self.layout.vpp, len(batches))
         return self._run(policy, objective, reference, batches, count)
 
     def evaluate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch]) -> Sums:
@@ -163,7 +173,7 @@ class Megatron:
                     total, metrics = objective.loss_sum(seen, reference, batch)
                 return total / max(count, 1.0), torch.zeros((), dtype=torch.int), (total.detach(), metrics)
 
-            return compute_part(chunk, part) if share is not None else chunk(part.input_ids, _positions(part), None), loss
+            return compute_part(chunk, part) if part.layout is not None else chunk(part.input_ids, _positions(part), None), loss
 
         batches = self._ready(batches)
         parts = [(batch, batch if share is None else split(batch, share)) for batch in batches]
@@ -194,11 +204,11 @@ class Megatron:
         return sums
 
     def _ready(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Padded batches of lengths that the processes can share; an interleaved pipeline gets as many as its stages divide.
+        """Batches of lengths that the processes can share; an interleaved pipeline gets as many as its stages divide.
 
         The last ones are without weight then. The dispatcher of experts that runs on a CPU wants one shape in all processes.
         """
-        assert all(batch.layout is None for batch in batches)
+        assert all((batch.layout is not None) == self.layout.is_flat and batch.root_ids is None for batch in batches)
         shapes = [tuple(batch.input_ids.shape) for batch in batches]
         if self.layout.vpp > 1 or self._has_one_shape:
             shape = torch.tensor([max(sizes) for sizes in zip(*shapes, strict=True)], device=self.device)
@@ -240,20 +250,7 @@ class Megatron:
     def _compare(self, model: Any) -> None:
         """ModelError, in every process, unless Megatron's chunks give the log-probabilities that transformers gives."""
         with evaluating(model), evaluating(self.model):
-            ids = probe_ids(model, min(8, self.settings.dims.vocab_size))
-            logits = model(input_ids=ids, use_cache=False).logits[0].float()
-            places = torch.arange(ids.shape[1] - 1)
-            wanted = logits[:-1].log_softmax(dim=1)[places, ids[0, 1:]]
-            batch = Batch(
-                input_ids=ids,
-                kept_K=places,
-                row_S=places,
-                target_S=ids[0, 1:],
-                weight_S=torch.ones(len(places)),
-                document_S=places,  # each by itself
-                num_documents=len(places),
-                num_tokens=ids.shape[1],
-            )
+            batch, wanted = probe(model, is_flat=self.layout.is_flat)
             found = self._alone(batch.to(self.device)).to(wanted)
         dtype = self.transformer.params_dtype
         if not is_close(found.to(dtype), wanted.to(dtype)):
@@ -281,8 +278,10 @@ def _positions(batch: Batch) -> Tensor:
 
 
 def _widened(batch: Batch, rows: int, width: int) -> Batch:
-    """``batch`` with padding up to ``rows`` rows of ``width`` tokens."""
+    """``batch`` with padding up to ``rows`` rows of ``width`` tokens; a flat row with filling."""
     height, length = batch.input_ids.shape
+    if batch.layout is not None:
+        return filled(batch, width)
     if (height, length) == (rows, width):
         return batch
     ids = nn.functional.pad(batch.input_ids, (0, width - length, 0, rows - height))

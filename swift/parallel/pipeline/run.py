@@ -123,11 +123,7 @@ class Pipeline:
     def _warn_of_idle(self, batches: int) -> None:
         if batches < self.processes and not self._has_warned:
             self._has_warned = True
-            share = idle_share(self.processes, self.virtual, batches)
-            console.warn(
-                f"a step has {batches} forward passes for a pipeline of {self.processes} processes, which wait {share:.0%} of the time; "
-                "raise --gradient_accumulation_steps, or lower --per_device_train_batch_size or --max_tokens_per_batch"
-            )
+            warn_of_idle(self.processes, self.virtual, batches)
 
     def _go(
         self,
@@ -242,6 +238,15 @@ def _hidden(policy: Any, batch: Batch, after: Any) -> Tensor:
     policy.decode(batch)
     hidden: Tensor = after.take()
     return hidden
+
+
+def warn_of_idle(processes: int, virtual: int, batches: int) -> None:
+    """Say that a step of ``batches`` forward passes leaves most of a pipeline waiting, and what fills it."""
+    console.warn(
+        f"a step has {batches} forward passes for a pipeline of {processes} processes, which wait "
+        f"{idle_share(processes, virtual, batches):.0%} of the time; "
+        "raise --gradient_accumulation_steps, or lower --per_device_train_batch_size or --max_tokens_per_batch"
+    )
 
 
 def without_root(batch: Batch) -> Batch:
