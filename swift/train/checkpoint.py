@@ -100,6 +100,7 @@ class Checkpoints:
 
 def _save_whole(model: Any, strategy: Strategy, tuner: Tuner, folder: Path, max_shard_size: str, *, writes: bool) -> None:
     """What ``tuner`` saves of a model whose tensors are in parts: gathered one by one, in the main process."""
+    model = getattr(model, "saved_as", model)  # where another library's layers are trained, what names their tensors
     kept = tuner.kept(model)
     state = strategy.whole(model, only=None if kept is None else kept.__contains__)
     if writes:

@@ -30,7 +30,7 @@ from swift.model.norms import use_lean_norms
 from swift.model.policy import Policy, evaluating
 from swift.model.template import read_template
 from swift.objectives import OBJECTIVES
-from swift.objectives.base import Objective
+from swift.objectives.base import Objective, Reference
 from swift.parallel.base import Strategy
 from swift.parallel.world import World
 from swift.train.steps import Cutting, cut_by_tokens
@@ -168,13 +168,16 @@ def add_reference_adapter(config: SftConfig, model: Any) -> None:
     model.load_adapter(str(adapter_folder(config.ref_adapters[0])), adapter_name=ADAPTER, is_trainable=False)
 
 
-def make_reference(config: SftConfig, policy: Policy, second: Any, device: torch.device) -> Frozen | None:
+def make_reference(config: SftConfig, policy: Policy, second: Any, device: torch.device) -> Reference | None:
     """The reference of a run, computed beside ``policy`` or by the ``second`` model on ``device``; None if none is while training."""
     kind = kind_of_reference(config)
     if kind == "none" or (isinstance(config, RlhfConfig) and config.precompute_ref_log_probs):
         return None
     if kind == "model":
         return Frozen(Policy(second.to(device)))
+    if kind == "base" and hasattr(policy, "without_adapter"):  # the layers are another library's
+        found: Reference = policy.without_adapter()
+        return found
     modules = switchable(policy.model)
     switch: Switch = lambda: without_adapter(modules) if kind == "base" else with_adapter_named(modules, ADAPTER)  # noqa: E731
     return Frozen(Policy(policy.model, call=policy.call), switch)

@@ -86,7 +86,7 @@ TWO = Sizes(dp=2)
 @pytest.mark.parametrize(
     ("options", "sizes", "message"),
     [
-        ({"tuner_type": "lora"}, TWO, "--strategy megatron trains all weights, not --tuner_type lora"),
+        ({"tuner_type": "ia3"}, TWO, "--strategy megatron trains all weights or LoRA, not --tuner_type ia3"),
         ({"freeze_parameters_ratio": 0.5}, TWO, "--strategy megatron and --freeze_parameters_ratio cannot be combined"),
         ({"neftune_noise_alpha": 5.0}, TWO, "--neftune_noise_alpha cannot be combined"),
         ({"router_aux_loss_coef": 0.01}, TWO, "--router_aux_loss_coef cannot be combined"),

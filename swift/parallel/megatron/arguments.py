@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 from swift import console
 from swift.errors import ConfigError, near
 from swift.parallel.megatron import package
+from swift.parallel.megatron.names import modules_in
 
 N = TypeVar("N", int, float)
 # Megatron's name -> ours, where one value says the same.
@@ -30,6 +31,7 @@ RENAMED = {
     "context_parallel_size": "sequence_parallel_size",
     "num_workers": "dataloader_num_workers",
     "load": "model",
+    "adapter_load": "adapters",
     "no_save_optim": "save_only_model",
     "num_virtual_stages_per_pipeline_rank": "virtual_pipeline_model_parallel_size",
     "moe_aux_loss_coeff": "router_aux_loss_coef",
@@ -51,7 +53,8 @@ REFUSED = {
     "expert_tensor_parallel_size": ("1", "experts are shared by --expert_model_parallel_size"),
     "eval_iters": ("-1", "all validation rows are evaluated"),
     "mcore_model": ("none", "training starts from safetensors, which swift export --to_hf true makes of Megatron's checkpoint"),
-    "mcore_adapter": ("none", "training starts from safetensors"),
+    "mcore_adapter": ("none", "training starts from safetensors, and adapters from PEFT's files (--adapters)"),
+    "merge_lora": ("false", "checkpoints hold the adapter, of which swift merge-lora makes a model"),
 }
 # How Megatron-LM's and ms-swift's trainers go about their work; the numbers that are trained do not depend on it.
 TRAINERS_OWN = (
@@ -123,6 +126,8 @@ def translate(words: Sequence[str], *, world_size: int = 1) -> list[str]:
                 raise ConfigError(f"option --{name} is not available: {REFUSED[name][1]}", hint="remove it")
         elif name in TRAINERS_OWN:
             console.notice(f"--{name} says how Megatron-LM's own trainer works; nothing depends on it here")
+        elif name == "target_modules":
+            out[name] = [module for value in values for module in modules_in(value)]
         elif name == "lr_decay_style":
             if value not in DECAY:
                 raise ConfigError(f"--lr_decay_style does not know {value!r}", hint=f"choose from: {', '.join(DECAY)}")

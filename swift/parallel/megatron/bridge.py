@@ -1,6 +1,6 @@
 """Weights between Hugging Face's names and the parameters of this process, tensor by tensor."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import distributed as dist
 
 from swift.errors import ModelError
 from swift.parallel.megatron.layout import Dims
-from swift.parallel.megatron.names import STACKED, Entry, by_name, global_name, read
+from swift.parallel.megatron.names import STACKED, Entry, by_name, first_layer, global_name, read
 
 
 class Bridge:
@@ -22,8 +22,7 @@ class Bridge:
         self.parameters: dict[str, tuple[torch.nn.Parameter, Entry]] = {}
         self.copies: list[tuple[torch.nn.Parameter, Entry]] = []  # the last stage's own copy of a tied embedding
         for chunk in chunks:
-            layers = chunk.decoder.layers
-            first = layers[0].layer_number - 1 if len(layers) else 0
+            first = first_layer(chunk)
             for name, parameter in chunk.named_parameters():
                 expert = state.get_expert_model_parallel_rank() * _experts_here(chunk.config)
                 whole = global_name(name, first_layer=first, first_expert=expert)
@@ -39,6 +38,10 @@ class Bridge:
         for parameter, entry in [*self.parameters.values(), *self.copies]:
             yield parameter, entry.mcore[0], entry
 
+    def trained(self) -> Iterator[tuple[torch.nn.Parameter, str, Entry]]:
+        """Those of ``held`` that are not frozen."""
+        return (one for one in self.held() if one[0].requires_grad)
+
     def split(self) -> set[torch.nn.Parameter]:
         """The parameters of which each process of a tensor parallel group has other numbers.
 
@@ -47,18 +50,26 @@ class Bridge:
         return {parameter for parameter, _, entry in self.held() if entry.operation.splits}
 
     @torch.no_grad()
-    def load(self, source: Callable[[str], Tensor]) -> None:
-        """Fill every parameter of this process from ``source``, which gives whole tensors by Hugging Face's names."""
+    def load(self, source: Callable[[str], Tensor], *, only: Container[str] | None = None) -> None:
+        """Fill every parameter of this process from ``source``, which gives whole tensors by Hugging Face's names.
+
+        With ``only``, those that are made of tensors of these names.
+        """
         for parameter, entry in [*self.parameters.values(), *self.copies]:
+            if only is not None and entry.hf[0] not in only:
+                continue
             shard = entry.to_mcore([read(source, name) for name in entry.hf], self.dims, rank=self.rank, size=self.size)
             if shard.shape != parameter.shape:
                 raise ModelError(f"{entry.hf[0]} becomes {tuple(shard.shape)}, and Megatron-Core has {tuple(parameter.shape)}")
             parameter.copy_(shard)
 
-    def gather(self, value: Callable[[torch.nn.Parameter], Tensor] = torch.nn.Parameter.detach) -> Iterator[tuple[str, Tensor]]:
+    def gather(
+        self, value: Callable[[torch.nn.Parameter], Tensor] = torch.nn.Parameter.detach, *, only: Callable[[str], bool] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face's name, whole tensor on the CPU), one after the other, in the main process; nothing elsewhere.
 
-        ``value`` says what of a parameter: itself, or its gradient. Every process must go through to the end.
+        ``value`` says what of a parameter: itself, or its gradient; ``only``, by its names, which are not asked for at all.
+        Every process must go through to the end.
         """
         own = {name: (self.rank, tuple(parameter.shape), parameter.dtype) for name, (parameter, _) in self.parameters.items()}
         holders: list[Any] = [own]
@@ -70,6 +81,8 @@ class Bridge:
             where |= {(name, part): (rank, shape, dtype) for name, (part, shape, dtype) in names.items()}
         stack: list[Tensor] = []
         for entry in self.entries:
+            if only is not None and not any(only(STACKED.sub(r"\1", name)) for name in entry.hf):
+                continue
             shards = self._collect(entry, where, value)
             if shards is None:
                 continue

@@ -25,16 +25,16 @@ from swift.parallel.megatron.package import quiet
 FOLDER = "optimizer"
 SETTINGS = "settings"
 # Of a parameter group, what a schedule or a run sets; the parameters of groups differ from stage to stage.
-OWN = ("params", "weight_decay")
+OWN = ("params", "weight_decay", "kind")
 
 
 def save(path: Path, bridge: Bridge, optimizer: Optimizer, mesh: DeviceMesh) -> None:
     """Write the state into a folder beside ``path``. Every process comes here."""
     from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
-    group = optimizer.param_groups[0]
-    tensors: dict[str, Any] = {SETTINGS: json.dumps({name: value for name, value in group.items() if name not in OWN})}
-    for parameter, name, entry in bridge.held():
+    groups = {group["kind"]: {name: value for name, value in group.items() if name not in OWN} for group in optimizer.param_groups}
+    tensors: dict[str, Any] = {SETTINGS: json.dumps(groups)}
+    for parameter, name, entry in bridge.trained():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors |= {f"{name}/{key}{part}": whole for part, whole in _parts(value, parameter, entry, mesh)}
     with quiet():
@@ -51,7 +51,7 @@ def load(path: Path, bridge: Bridge, optimizer: Optimizer, mesh: DeviceMesh) -> 
         known: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
         keys = _keys(known)
         wanted: dict[str, Any] = {SETTINGS: None}
-        for parameter, name, entry in bridge.held():
+        for parameter, name, entry in bridge.trained():
             if name not in keys:
                 raise CheckpointError(f"{folder}: it has no state of {name}", hint="it is of another model")
             for key in keys[name]:
@@ -67,8 +67,9 @@ def load(path: Path, bridge: Bridge, optimizer: Optimizer, mesh: DeviceMesh) -> 
             load_parts(wanted, storage_reader=reader)
     except (OSError, KeyError, ValueError, RuntimeError) as problem:
         raise CheckpointError(f"{folder}: the optimizer state cannot be read: {first_line(problem)}") from None
+    settings = json.loads(wanted[SETTINGS])
     for group in optimizer.param_groups:
-        group |= json.loads(wanted[SETTINGS])
+        group |= settings.get(group["kind"]) or next(iter(settings.values()))  # a stage may have no norms, and so no such group
 
 
 def _keys(known: dict[str, Any]) -> dict[str, list[str]]:

@@ -7,13 +7,18 @@ from torch import nn
 
 
 class Holder(nn.Module):
-    """The chunks of this process, and the ``shell``: the transformers model without numbers, which knows how it is saved."""
+    """The chunks of this process, and the ``shell``: the transformers model without numbers, which knows how it is saved.
 
-    def __init__(self, chunks: list[Any], shell: Any) -> None:
+    ``saved_as`` is what knows how a checkpoint is saved: the PeftModel around the shell if an adapter is trained.
+    """
+
+    def __init__(self, chunks: list[Any], shell: Any, peft_model: Any = None) -> None:
         super().__init__()
         self.chunks = nn.ModuleList(chunks)
         self.shell: Any
+        self.saved_as: Any
         object.__setattr__(self, "shell", shell)  # no module of this one: its parameters are not trained
+        object.__setattr__(self, "saved_as", peft_model or self)
         self.config = shell.config
 
     def save_pretrained(self, path: Path, **options: Any) -> None:

@@ -112,5 +112,26 @@ def global_name(name: str, *, first_layer: int, first_expert: int) -> str:
     return MCORE_EXPERT.sub(lambda match: str(int(match[0]) + first_expert), name)
 
 
+def modules_in(name: str) -> list[str]:
+    """Names that transformers' models give the linear layers that make Megatron's ``name`` of a block, such as linear_qkv.
+
+    Another name stands for itself.
+    """
+    end = f".{name}.weight"
+    found = [
+        text.removesuffix(".weight").rsplit(".", 1)[-1]
+        for rule in _rules()
+        if rule.mcore[0].endswith(end) and "{expert}" not in rule.mcore[0]
+        for text in rule.hf
+    ]
+    return list(dict.fromkeys(found)) if name.startswith("linear_") and found else [name]
+
+
+def first_layer(chunk: Any) -> int:
+    """The number, in the model, of the first layer of ``chunk``, a GPTModel."""
+    layers = chunk.decoder.layers
+    return int(layers[0].layer_number) - 1 if len(layers) else 0
+
+
 def by_name(entries: Sequence[Entry]) -> dict[str, Entry]:
     return {name: entry for entry in entries for name in entry.mcore}

@@ -10,6 +10,7 @@ from torch import distributed as dist
 
 from swift.model.batch import Batch
 from swift.parallel.megatron import package
+from swift.parallel.megatron.before import Before
 
 # B rows, T tokens of a row, S predictions, P columns of the vocabulary that a process has
 
@@ -49,6 +50,10 @@ class MegatronPolicy:
         right_S = self._likeliest(logits_SP.detach(), columns_P) == batch.target_S
         losses_S: Tensor = package.part("tensor_parallel").vocab_parallel_cross_entropy(logits_SP, batch.target_S)
         return losses_S, right_S
+
+    def without_adapter(self) -> Before:
+        """The reference that is this model without its adapter."""
+        return Before()
 
     @contextlib.contextmanager
     def with_logits(self, logits_BTP: Tensor) -> Iterator[None]:

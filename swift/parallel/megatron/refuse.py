@@ -21,14 +21,17 @@ NOT_OURS = {
     "gradient_checkpointing_kwargs": "--recompute_granularity says what is computed again",
 }
 
+# Of adapters: what is more than A and B beside frozen linear layers.
+NOT_PLAIN = {
+    "use_dora": "the size of a row is spread over processes",
+    "lora_bias": "biases of its layers stay frozen",
+    "modules_to_save": "modules of transformers are not computed",
+}
+
 
 def refuse(config: SftConfig, sizes: Sizes) -> None:
     """ConfigError for the first option that does not go with --strategy megatron."""
-    if config.tuner_type != "full":
-        raise ConfigError(
-            f"--strategy megatron trains all weights, not --tuner_type {config.tuner_type}",
-            hint="say --tuner_type full; --strategy fsdp2 and --tensor_model_parallel_size train adapters",
-        )
+    _check_tuner(config)
     for name in FULL_ONLY:
         if config.given(name):
             raise ConfigError(f"--strategy megatron and --{name} cannot be combined: it trains all weights", hint="use --strategy fsdp2")
@@ -39,6 +42,22 @@ def refuse(config: SftConfig, sizes: Sizes) -> None:
         raise ConfigError("--strategy megatron and --padding_side left cannot be combined", hint="say --padding_side right")
     _check_precision(config)
     _check_sizes(config, sizes)
+
+
+def _check_tuner(config: SftConfig) -> None:
+    """All weights are trained, or plain LoRA."""
+    if config.tuner_type not in ("full", "lora"):
+        raise ConfigError(
+            f"--strategy megatron trains all weights or LoRA, not --tuner_type {config.tuner_type}",
+            hint="say --tuner_type lora; --strategy fsdp2 and ddp train other adapters",
+        )
+    for name, reason in NOT_PLAIN.items():
+        if config.given(name) and getattr(config, name) not in (False, "none", []):
+            raise ConfigError(f"--strategy megatron and --{name} cannot be combined: {reason}", hint="use --strategy fsdp2, or remove it")
+    if getattr(config, "ref_adapters", None) and not getattr(config, "precompute_ref_log_probs", False):
+        raise ConfigError(
+            "--strategy megatron and --ref_adapters cannot be combined: it has one adapter", hint="say --precompute_ref_log_probs true too"
+        )
 
 
 def _check_precision(config: SftConfig) -> None:

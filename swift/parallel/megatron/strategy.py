@@ -21,12 +21,14 @@ from swift.objectives.base import Objective
 from swift.parallel.base import Sums
 from swift.parallel.megatron import checkpoint, package
 from swift.parallel.megatron.arguments import check_fields
+from swift.parallel.megatron.before import Before
 from swift.parallel.megatron.bridge import Bridge
 from swift.parallel.megatron.context import compute_part, filled
 from swift.parallel.megatron.cpu import on_cpu
 from swift.parallel.megatron.describe import describe
 from swift.parallel.megatron.gradients import gradient_norm, scale_gradients, sum_gradients
 from swift.parallel.megatron.holder import Holder
+from swift.parallel.megatron.lora import plan_adapters, put, read, trial_values, without_adapters
 from swift.parallel.megatron.model import Layout, build_chunks, join_groups, transformer_config
 from swift.parallel.megatron.policy import MegatronPolicy
 from swift.parallel.megatron.probe import probe
@@ -72,13 +74,13 @@ class Megatron:
 
         Raises ModelError if they do not compute the logits that ``model`` computes.
         """
-        dtypes = {parameter.dtype for parameter in model.parameters()}
-        if self.dtype is not None and dtypes != {self.dtype}:
+        source = read(model)
+        if self.dtype is not None and source.dtypes != {self.dtype}:
             raise ConfigError(
                 "--strategy megatron computes in the precision of the weights", hint="say --torch_dtype bfloat16 or --torch_dtype float32"
             )
-        state_dict = model.state_dict()
-        self.settings, entries = describe(model, state_dict, tp=self.layout.tp)
+        self.settings, entries = describe(source.model, source.names, tp=self.layout.tp)
+        added = plan_adapters(source.adapters, entries)
         self.layout.check(self.settings, self.world.size)
         timeout = max(1, self.config.ddp_timeout // 60)
         self.groups = join_groups(self.layout, self.device, timeout_minutes=timeout)
@@ -89,17 +91,23 @@ class Megatron:
         fields = self.config.transformer_fields(recompute_all=bool(self.config.gradient_checkpointing))
         check_fields(fields, self.settings.transformer)
         with on_cpu(), package.quiet():
-            self.transformer = transformer_config(self.settings, self.layout, device=self.device, dtype=next(iter(dtypes)), extra=fields)
+            self.transformer = transformer_config(
+                self.settings, self.layout, device=self.device, dtype=next(iter(source.dtypes)), extra=fields
+            )
             if self.device.type == "cuda":
                 package.part("tensor_parallel").model_parallel_cuda_manual_seed(torch.initial_seed() % 2**31)
             chunks = build_chunks(self.settings, self.transformer, self.groups, self.layout)
-        self.model = Holder(chunks, model).to(self.device, self.transformer.params_dtype)  # torch's norms are made in float32
-        self.bridge = Bridge(chunks, entries, self.settings.dims, self.groups)
+        self.model = Holder(chunks, source.model, model if added else None)
+        self.model.to(self.device, self.transformer.params_dtype)  # torch's norms are made in float32
+        if added:
+            put(chunks, source, entries, self.settings.dims, self.groups, shares_tokens=self.layout.shares_tokens)
+        self.bridge = Bridge(chunks, [*entries, *added], self.settings.dims, self.groups)
         self.split = self.bridge.split()
-        self.bridge.load(state_dict.__getitem__)
+        self.bridge.load(source.tensors.__getitem__)
         self._policy = MegatronPolicy(self.model, self.groups.get_tensor_model_parallel_group(), self.settings.dims.vocab_size, self._alone)
-        self._compare(model)
-        del state_dict
+        with trial_values(source, self.bridge):
+            self._compare(model)
+        del source
         model.to("meta")
         self.mesh = DeviceMesh.from_group(self.groups.get_tensor_model_parallel_group(), self.device.type)
         self.optimizer = make_optimizer(self.model)
@@ -142,8 +150,11 @@ class Megatron:
         return norm, True
 
     def whole(self, model: Any, *, only: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
-        """Hugging Face's tensors, in the main process; a head that is the embedding is left out, as transformers has it."""
-        return {name: tensor for name, tensor in self.bridge.gather() if only is None or only(name)}
+        """Hugging Face's tensors, in the main process; a head that is the embedding is left out, as transformers has it.
+
+        Those of an adapter have the names that PEFT's model gives them.
+        """
+        return dict(self.bridge.gather(only=only))
 
     def local_bytes(self) -> dict[str, int]:
         """Bytes of weights and of optimizer state that this process holds."""
@@ -175,6 +186,9 @@ class Megatron:
 
             return compute_part(chunk, part) if part.layout is not None else chunk(part.input_ids, _positions(part), None), loss
 
+        if isinstance(reference, Before):
+            with torch.no_grad(), evaluating(self.model), without_adapters(self.model):
+                batches = reference.put(batches, lambda objective: self._run(policy, objective, None, batches, 1.0, learns=False))
         batches = self._ready(batches)
         parts = [(batch, batch if share is None else split(batch, share)) for batch in batches]
         rows, width = parts[0][1].input_ids.shape
