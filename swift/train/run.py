@@ -150,6 +150,7 @@ class Session:
         references.add_reference_adapter(config, model)
         if resume_from is not None:
             self.tuner.load(model, resume_from)
+        whole = parameter_counts(model)
         optimizer = functools.partial(make_optimizer, config=config, lorap_lr_ratio=config.lorap_lr_ratio)
         self.model, self.optimizer = self.strategy.prepare(model, optimizer)
         self.policy = make_policy(self.strategy, self.model, config)
@@ -162,7 +163,7 @@ class Session:
         self.checkpointing = choose_checkpointing(config, self.policy, steps, self.optimizer, self.strategy, is_flat=self.is_flat)
         if config.torch_compile:
             compile_blocks(self.policy, config, is_flat=self.is_flat)
-        trainable, total = parameter_counts(self.model)
+        trainable, total = whole if self.is_split else parameter_counts(self.model)
         if resume_from is not None:
             self._resume(resume_from)
         console.say(

@@ -36,7 +36,7 @@ def parameter_counts(model: Any) -> tuple[int, int]:
     trainable = total = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        count = state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 has parts
+        count = state.shape.numel() if state is not None else parameter.numel()
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total

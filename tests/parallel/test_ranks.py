@@ -1,7 +1,10 @@
 """Training in several processes is training in one: the same loss, gradients and weights, of parts that are really parts."""
 
+import contextlib
+import io
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -35,7 +38,7 @@ OPTIONS = {
 
 
 def train(model, rows, out, **options):
-    """One run in this process, one of several or alone; what it holds of weights and optimizer, and the logged lines."""
+    """One run in this process, one of several or alone: what it holds of weights and optimizer, logs, and says that it trains."""
     from swift.api import sft
     from swift.train.run import Session
 
@@ -49,11 +52,14 @@ def train(model, rows, out, **options):
         return result
 
     Session.run_to_end = watched
+    told = io.StringIO()
     try:
-        result = sft(model=str(model), dataset=str(rows), output_dir=str(out), **(OPTIONS | options))
+        with contextlib.redirect_stdout(told):
+            result = sft(model=str(model), dataset=str(rows), output_dir=str(out), **(OPTIONS | options))
     finally:
         Session.run_to_end = ends
-    return {"held": seen, "lines": [line for line in result.state.log_history if "loss" in line or "eval_loss" in line]}
+    lines = [line for line in result.state.log_history if "loss" in line or "eval_loss" in line]
+    return {"held": seen, "lines": lines, "counts": re.findall(r"training [\d,]+ of [\d,]+ parameters", told.getvalue())}
 
 
 def weights(run: Path, step: int):
@@ -99,15 +105,16 @@ def check(model, rows, tmp_path, name, **options):
     """The strategy ``name`` logs what one process logs, ends with its weights, and holds no more than its share."""
     tuner = options.get("tuner_type", "lora")
     if tuner not in ONE:
-        ONE[tuner] = train(model, rows, tmp_path / "one", gradient_accumulation_steps=4, **options)["lines"], weights(tmp_path / "one", 2)
-    lines, last = ONE[tuner]
+        ONE[tuner] = train(model, rows, tmp_path / "one", gradient_accumulation_steps=4, **options), weights(tmp_path / "one", 2)
+    one, last = ONE[tuner]
     size, more, weights_held, state_held = FULL[name]
     several = {**options, **more, "gradient_accumulation_steps": 4 // readers(size, more)}
     results = run_ranks(size, _train, (model, rows, tmp_path / name, several))
     for result in results:
-        for found, wanted in zip(result["lines"], lines, strict=True):
+        for found, wanted in zip(result["lines"], one["lines"], strict=True):
             for key in {"loss", "grad_norm", "eval_loss", "token_acc"} & wanted.keys():
                 assert found[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-6), key
+    assert [result["counts"] for result in results] == [one["counts"], *[[]] * (size - 1)] != [[]] * size  # of the whole model
     assert differs(weights(tmp_path / name, 2), last) < 5e-4
     if tuner == "full" and weights_held is not None:
         held = [result["held"] for result in results]
@@ -147,7 +154,9 @@ def test_experts_in_several_processes_are_those_of_one(rows, tmp_path):
             shutil.copytree(tmp_path / "one", tmp_path / name)
             shutil.rmtree(tmp_path / name / "checkpoint-2")
             more = {"resume_from_checkpoint": str(tmp_path / name)}
-        for result in run_ranks(4, _train, (tmp_path / "model", rows, tmp_path / name, several | more)):
+        results = run_ranks(4, _train, (tmp_path / "model", rows, tmp_path / name, several | more))
+        assert results[0]["counts"] == one["counts"]
+        for result in results:
             assert result["held"]["weights"] == held
             for found, wanted in zip(result["lines"], one["lines"], strict=True):
                 for key in {"loss", "grad_norm", "eval_loss"} & wanted.keys():
