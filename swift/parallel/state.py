@@ -22,6 +22,7 @@ from swift.parallel.world import World
 GROUPS = "param_groups"
 SCALER = "scaler"
 CLASS = "class"
+OTHER = "say --strategy {}; --resume_only_model true takes the weights alone, and starts at step 0"
 
 Names = Mapping[Any, str]  # of each parameter, see names_of
 
@@ -179,6 +180,8 @@ def _load_parts(folder: Path, names: Names, optimizer: Optimizer, world: World) 
 
     reader = FileSystemReader(folder)
     known: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
+    if GROUPS not in known:
+        raise CheckpointError(f"{folder}: its state is not of this strategy, but of Megatron-Core", hint=OTHER.format("megatron"))
     parameters = {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
     entries = {entry: entry.rpartition("/") for entry in known if entry not in (GROUPS, SCALER, CLASS)}
     _refuse_strangers(folder, (name for name, _, _ in entries.values()), list(parameters), world)

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from swift.config.tuner import TunerConfig
 from swift.errors import CheckpointError, ConfigError
-from swift.tuner.adapter import read_tensors
+from swift.tuner.adapter import is_adapter, read_tensors
 from swift.tuner.lisa import train_layers_in_turn
 
 
@@ -36,6 +36,8 @@ class FullTuner:
         return None
 
     def load(self, model: Any, path: Path) -> None:
+        if is_adapter(path):
+            raise CheckpointError(f"{path}: it holds an adapter, and not the weights of a model", hint="leave --tuner_type away")
         state: dict[str, Any] = {}
         for file in sorted(path.glob("*.safetensors")):
             state.update(read_tensors(file))

@@ -11,7 +11,7 @@ import swift.api
 import swift.cli
 import swift.train.run
 from swift.errors import CheckpointError
-from swift.parallel.megatron import package, strategy
+from swift.parallel.megatron import checkpoint, package, strategy
 from swift.parallel.megatron.convert import Converter
 from swift.parallel.megatron.model import Layout
 from swift.parallel.megatron.strategy import Megatron
@@ -198,6 +198,9 @@ def every(models, rows, pairs, mcore, out):
             found[name] = train(models[family], rows, out / name, {**options, **more, "strategy": "megatron"})
         on = {**CASES["pp"][1], "strategy": "megatron", "tensor_model_parallel_size": 1}
         found["resumed"] = train(models["tied"], rows, out / "on", {**on, "resume_from_checkpoint": str(out / "tp" / "checkpoint-2")})
+        with pytest.raises(CheckpointError) as refused:
+            train(models["tied"], rows, out / "copies", {"strategy": "ddp", "resume_from_checkpoint": str(out / "tp" / "checkpoint-2")})
+        found["refused"] = refused.value
         found["pairs"] = train(models["tied"], pairs, out / "pairs", on, command="rlhf")
         for family, (layout, _) in CONVERTED.items():
             found[f"read {family}"] = read_in_parts(mcore / family, models[family], layout)
@@ -257,6 +260,15 @@ def test_four_processes_train_as_one(four, alone, name):
 def test_a_run_goes_on_in_another_layout(two, alone):
     for result in two:
         same(result["resumed"][0], alone["tied"][0])
+
+
+def test_another_strategy_cannot_read_its_state_nor_it_that_of_another(two, tmp_path):
+    for result in two:
+        assert "its state is not of this strategy, but of Megatron-Core" in result["refused"].message
+        assert result["refused"].hint.startswith("say --strategy megatron; --resume_only_model true")
+    (tmp_path / "optimizer.pt").touch()
+    with pytest.raises(CheckpointError, match="its state is not of Megatron-Core, but of another strategy"):
+        checkpoint.load(tmp_path / "optimizer.pt", None, None, None)
 
 
 def test_pairs_are_compared_by_megatron_as_by_one_process(two, models, pairs, tmp_path):

@@ -36,6 +36,8 @@ def test_a_command_line_of_megatron_is_one_of_swift(monkeypatch):
 
 def test_weights_are_trained_whole_unless_a_tuner_is_said():
     assert words_for_swift(["sft", "--model", "m"])[3:5] == ["--tuner_type", "full"]
+    # What goes on has a tuner.
+    assert words_for_swift(["sft", "--resume-from-checkpoint=r"]) == ["sft", "--strategy", "megatron", "--resume_from_checkpoint", "r"]
     assert "full" not in words_for_swift(["sft", "--train_type", "lora"])
 
 

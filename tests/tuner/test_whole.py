@@ -148,3 +148,7 @@ def test_weights_whose_files_have_other_names_than_modules_are_read_back(tmp_pat
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in saved.state_dict().items())
     with pytest.raises(CheckpointError, match="the weights do not fit this model, see model"):
         FullTuner().load(build("mixtral"), tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="it holds an adapter, and not the weights of a model") as caught:
+        FullTuner().load(model, tmp_path)
+    assert caught.value.hint == "leave --tuner_type away"

@@ -94,7 +94,9 @@ def words_for_swift(words: Sequence[str], *, world_size: int | None = None) -> l
     if {"-h", "--help"} & set(words):
         return [words[0], "--help"]
     given = translate(words[1:], world_size=world_size or _world_size(os.environ))
-    tuner = [] if {"--tuner_type", "--train_type", "--sft_type"} & set(given) else ["--tuner_type", "full"]
+    # By itself Megatron trains all weights; a run that goes on trains what it has trained.
+    is_told = {"--tuner_type", "--train_type", "--sft_type", "--resume_from_checkpoint"} & set(given)
+    tuner = [] if is_told else ["--tuner_type", "full"]
     return [words[0], "--strategy", "megatron", *tuner, *given]
 
 

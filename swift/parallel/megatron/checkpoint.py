@@ -21,6 +21,7 @@ from swift.parallel.megatron.bridge import Bridge
 from swift.parallel.megatron.layout import GateUp
 from swift.parallel.megatron.names import Entry
 from swift.parallel.megatron.package import quiet
+from swift.parallel.state import OTHER
 
 FOLDER = "optimizer"
 SETTINGS = "settings"
@@ -46,9 +47,13 @@ def load(path: Path, bridge: Bridge, optimizer: Optimizer, mesh: DeviceMesh) -> 
     from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 
     folder = path.with_name(FOLDER)
+    if path.is_file() or (path.parent / "latest").is_file():
+        raise _of_another_strategy(folder)
     try:
         reader = FileSystemReader(folder)
         known: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
+        if SETTINGS not in known:
+            raise _of_another_strategy(folder)
         keys = _keys(known)
         wanted: dict[str, Any] = {SETTINGS: None}
         for parameter, name, entry in bridge.trained():
@@ -70,6 +75,10 @@ def load(path: Path, bridge: Bridge, optimizer: Optimizer, mesh: DeviceMesh) -> 
     settings = json.loads(wanted[SETTINGS])
     for group in optimizer.param_groups:
         group |= settings.get(group["kind"]) or next(iter(settings.values()))  # a stage may have no norms, and so no such group
+
+
+def _of_another_strategy(folder: Path) -> CheckpointError:
+    return CheckpointError(f"{folder}: its state is not of Megatron-Core, but of another strategy", hint=OTHER.format("ddp or fsdp2"))
 
 
 def _keys(known: dict[str, Any]) -> dict[str, list[str]]:
