@@ -105,7 +105,6 @@ def _refuse_products(found: Arrangement) -> None:
     sizes, experts = found.sizes, f"--expert_model_parallel_size {found.experts}"
     apart = (
         (found.experts > 1 and found.strategy == "deepspeed", experts, "--strategy deepspeed", "use --strategy ddp or fsdp2"),
-        (found.experts > 1 and sizes.tp > 1, experts, f"--tensor_model_parallel_size {sizes.tp}", "keep one"),
         (
             sizes.cp > 1 and sizes.pp > 1,
             f"--sequence_parallel_size {sizes.cp}",

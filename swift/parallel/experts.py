@@ -3,6 +3,9 @@
 The group is a part of those that see different tokens. A process's experts get the tokens of the whole group, and so their
 gradients are sums over it already: of experts' parameters (``expert_parameters``) only those are added up that processes
 with the same experts have (``expert_meshes``), of all others those of every process that sees other tokens.
+
+Where the layers are split already (``swift.parallel.tensor``), a process has a part of each of its experts. Those that share
+a layer have the same tokens, and each sends them to the process of its own place; parts of outputs are summed at home.
 """
 
 from collections.abc import Iterator
@@ -16,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from swift.errors import ConfigError
 from swift.model.policy import evaluating, is_close, probe_ids
+from swift.parallel.gradients import local
 
 PREFIX = "swift_experts_"
 
@@ -37,7 +41,8 @@ def expert_meshes(data: DeviceMesh, size: int) -> tuple[DeviceMesh, DeviceMesh]:
 def use_expert_parallel(model: Any, mesh: DeviceMesh) -> None:
     """Leave in ``model`` this process's experts of ``mesh`` (1-D): DTensors (E, ...) of which it holds (E / p, ...).
 
-    Called in all processes of ``mesh`` at once, on whole weights. Of a layer each process sends at most
+    Called in all processes of ``mesh`` at once, on whole weights, or on those that ``split_layers`` has left: what was cut
+    over its axis is then cut over both, on a mesh of (``mesh``, its axis). Of a layer each process sends at most
     n K D elements forward and as many back, as many each way again in the backward pass, and E numbers to count them;
     what stays with its own experts, 1 / p of it if tokens spread evenly, costs nothing. ConfigError for layers of experts of
     another kind, experts that do not divide, and tuners of experts.
@@ -59,13 +64,16 @@ def use_expert_parallel(model: Any, mesh: DeviceMesh) -> None:
     with torch.no_grad(), evaluating(inner):
         ids = probe_ids(inner, 8).roll(mesh.get_local_rank(), dims=1)  # each process another text
         wanted = inner(input_ids=ids, use_cache=False).logits
+    tensor = _tensor_mesh(layers[0][1])
+    both = mesh if tensor is None else DeviceMesh._concatenate([mesh, tensor])
     for _, layer in layers:
-        _cut(layer, mesh)
+        _cut(layer, mesh, both)
     _switch(inner)
     with torch.no_grad(), evaluating(inner):
         found = inner(input_ids=ids, use_cache=False).logits
     is_same = torch.tensor(float(is_close(found, wanted)), device=mesh.device_type)
-    dist.all_reduce(is_same, op=dist.ReduceOp.MIN, group=mesh.get_group())
+    for axis in range(both.ndim):
+        dist.all_reduce(is_same, op=dist.ReduceOp.MIN, group=both.get_group(axis))
     if not is_same:
         raise ConfigError(
             f"--expert_model_parallel_size {size} cannot be used with {type(inner).__name__}: "
@@ -81,7 +89,7 @@ def expert_layers(model: nn.Module) -> list[Any]:
 
 def expert_parameters(model: nn.Module) -> set[str]:
     """Names, as in ``model.named_parameters()``, of what ``use_expert_parallel`` has cut."""
-    cut = {id(parameter) for layer in expert_layers(model) for parameter in _own(layer).values()}
+    cut = {id(getattr(layer, name)) for layer in expert_layers(model) for name in layer.expert_names}
     return {name for name, parameter in model.named_parameters() if id(parameter) in cut}
 
 
@@ -107,14 +115,22 @@ def _refuse_tuners(name: str, layer: nn.Module) -> None:
         )
 
 
-def _cut(layer: Any, mesh: DeviceMesh) -> None:
+def _tensor_mesh(layer: Any) -> DeviceMesh | None:
+    """The axis of the processes that have parts of each expert of ``layer``; None if experts are whole."""
+    return next((each.device_mesh for each in _own(layer).values() if isinstance(each, DTensor)), None)
+
+
+def _cut(layer: Any, mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """Experts in parts over ``mesh``; what ``split_layers`` has left of each is a DTensor, and is one of two axes then, ``both``."""
     count = layer.num_experts // mesh.size()
     first = mesh.get_local_rank() * count
-    for name, parameter in _own(layer).items():
-        part = parameter.detach()[first : first + count].clone()
-        whole = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
+    own = _own(layer)
+    for name, parameter in own.items():
+        inside = parameter.placements if isinstance(parameter, DTensor) else ()
+        part = local(parameter.detach())[first : first + count].clone()
+        whole = DTensor.from_local(part, both, [Shard(0), *inside], run_check=False, shape=parameter.shape, stride=parameter.stride())
         setattr(layer, name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
-    layer.expert_mesh = mesh
+    layer.expert_mesh, layer.expert_names = mesh, tuple(own)
 
 
 def _switch(model: Any) -> None:
@@ -137,7 +153,7 @@ class _Local:
     def __init__(self, layer: Any) -> None:
         self._layer = layer
         self.num_experts = layer.num_experts // layer.expert_mesh.size()
-        self.parts = {name: parameter.to_local() for name, parameter in _own(layer).items()}
+        self.parts = {name: local(getattr(layer, name)) for name in layer.expert_names}  # split layers put plain tensors there
 
     def __getattr__(self, name: str) -> Any:
         parts = self.__dict__["parts"]
@@ -151,7 +167,7 @@ def _spread(base: str) -> Any:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         function: Any = type(layer).forward.__wrapped__ if base == "eager" else ALL_EXPERTS_FUNCTIONS[base]
-        local = _Local(layer)
+        here = _Local(layer)
         group, size = layer.expert_mesh.get_group(), layer.expert_mesh.size()
         chosen = index_nK.flatten()
         order = chosen.argsort(stable=True)
@@ -160,10 +176,10 @@ def _spread(base: str) -> Any:
         dist.all_to_all_single(count_pe, count_E, group=group)
         sent, received = (count.view(size, -1).sum(dim=1).tolist() for count in (count_E, count_pe))
         rows = _Exchange.apply(hidden_nD[order // index_nK.shape[1]], sent, received, group)
-        own = torch.arange(local.num_experts, device=chosen.device).repeat(size).repeat_interleave(count_pe)
-        out = function(local, rows, own[:, None], weight_nK.new_ones(len(rows), 1)) if len(rows) else rows
+        own = torch.arange(here.num_experts, device=chosen.device).repeat(size).repeat_interleave(count_pe)
+        out = function(here, rows, own[:, None], weight_nK.new_ones(len(rows), 1)) if len(rows) else rows
         # Experts that no token has chosen get a gradient of zeros, and the way back is taken, in every process.
-        out = out + sum(part[:0].sum() for part in local.parts.values())
+        out = out + sum(part[:0].sum() for part in here.parts.values())
         back = _Exchange.apply(out, received, sent, group)
         weighted = back * weight_nK.flatten()[order, None]
         inverse = torch.empty_like(order)

@@ -30,7 +30,7 @@ def total_norm(gradients: Iterable[Tensor], device: torch.device, groups: Sequen
                 gradient = gradient.redistribute(
                     placements=[Replicate() if placement.is_partial() else placement for placement in gradient.placements]
                 )
-            mesh, cut = gradient.device_mesh, [axis for axis, placement in enumerate(gradient.placements) if _is_sharded(placement)]
+            mesh, cut = gradient.device_mesh, [axis for axis, placement in enumerate(gradient.placements) if is_sharded(placement)]
             axes = tuple(mesh.get_group(axis) for axis in cut)
             names[axes] = tuple((mesh.mesh_dim_names or ())[axis] for axis in cut)
         own = local(gradient)
@@ -47,7 +47,8 @@ def total_norm(gradients: Iterable[Tensor], device: torch.device, groups: Sequen
     return math.sqrt(float(total)) if math.isfinite(float(total)) else float(total)
 
 
-def _is_sharded(placement: Any) -> bool:
+def is_sharded(placement: Any) -> bool:
+    """Whether an axis of the mesh has parts, of rows side by side or not."""
     return isinstance(placement, Shard) or placement.is_shard() or type(placement).__name__ == "_StridedShard"
 
 

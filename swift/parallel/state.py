@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, empty
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
 from swift.errors import CheckpointError
 from swift.files import save_torch
+from swift.parallel.gradients import is_sharded
+from swift.parallel.tensor.whole import packing_dim
 from swift.parallel.world import World
 
 GROUPS = "param_groups"
@@ -166,13 +169,29 @@ def _settings_of(path: Path, optimizer: Optimizer, index: int, saved: list[dict[
 
 
 def _like(value: Any, parameter: Tensor) -> Any:
-    """``value`` of the state, cut as ``parameter`` is if it has its shape."""
+    """``value`` of the state, cut as ``parameter`` is if it has its shape, or that with two parts in one dimension or two."""
+    if isinstance(value, Tensor) and (dim := packing_dim(value.shape, parameter.shape)) is not None:
+        if isinstance(value, DTensor):
+            return _cut_behind(value, parameter, dim)
+        value = value.reshape(parameter.shape)
     if isinstance(value, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value  # the optimizer itself takes numbers to the device where it wants them
     if isinstance(parameter, DTensor):
         cut = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
         return cut.to(parameter.device)  # of the mesh's devices, or main memory
     return value
+
+
+def _cut_behind(value: DTensor, parameter: Any, dim: int) -> DTensor:
+    """``value`` of ``_room``, which is whole from ``dim`` on, in the shape of ``parameter`` and cut as it is."""
+    mesh, placements = parameter.device_mesh, parameter.placements
+    own = value.to_local()
+    own = own.reshape(*own.shape[:dim], *parameter.shape[dim:])
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    for at in range(dim, parameter.dim()):
+        own = own.narrow(at, offset[at], shape[at])
+    own = own.to(parameter.device).clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
 
 
 def _load_parts(folder: Path, names: Names, optimizer: Optimizer, world: World) -> dict[str, Any]:
@@ -201,11 +220,19 @@ def _load_parts(folder: Path, names: Names, optimizer: Optimizer, world: World) 
 
 
 def _room(about: Any, parameter: Tensor) -> Tensor:
-    """An empty tensor for a saved one, cut as ``parameter`` is if it has its shape."""
+    """An empty tensor for a saved one, cut as ``parameter`` is if it has its shape.
+
+    If one of the two has its parts in a dimension of their own, it is cut before that alone.
+    """
     dtype = about.properties.dtype
     if about.size == parameter.shape:
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-    return torch.empty(about.size, dtype=dtype)
+    dim = packing_dim(about.size, parameter.shape)
+    if dim is None or not isinstance(parameter, DTensor):
+        return torch.empty(about.size, dtype=dtype)
+    placements: Any = parameter.placements
+    before = [each if is_sharded(each) and each.dim < dim else Replicate() for each in placements]
+    return empty(about.size, dtype=dtype, device_mesh=parameter.device_mesh, placements=before)
 
 
 def _quiet() -> Any:

@@ -1,5 +1,6 @@
 """Experts in parts, whose tokens come and go, are the experts of one process."""
 
+import copy
 import functools
 
 import pytest
@@ -129,13 +130,15 @@ def all_to_one(world, same, expert):
 
 def tuned(world, same, expert):
     """LoRA of attention; experts are frozen, and gradients go through them."""
-    models = []
-    for model in pair("qwen3_moe"):
-        torch.manual_seed(1)
-        models.append(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval())
+    models = [with_adapter(model) for model in pair("qwen3_moe")]
     use_expert_parallel(models[1], expert)
     batches = flat_batch(rows(2)), flat_batch(rows(2)[world.rank : world.rank + 1])
     return deviation(*models, *batches, same)
+
+
+def with_adapter(model):
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
 
 
 def in_parts(same, expert):
@@ -174,8 +177,7 @@ def in_shards(world, family, *, cp=1, pp=1, cpu_offload=False, **options):
     batches = [flat_batch([row]) for row in rows(4)]
     coefficient = {"router_aux_loss_coef": 0.02 if pp == 1 else 0.0}
     one, shares = Single(CPU), {"shards": True, "experts": 2, "cpu_offload": cpu_offload}
-    cut = functools.partial(cut_in_stages, group=mesh.group("pp"), device=CPU, tokens=16, is_flat=True, costs=Costs([1.0, 1.0], 0.0, 0.0))
-    several = Spread(world, mesh, CPU, sequence_kind="ring" if cp > 1 else None, split=cut if pp > 1 else None, **shares)
+    several = Spread(world, mesh, CPU, sequence_kind="ring" if cp > 1 else None, split=in_stages(mesh), **shares)
     # In groups as training has them: the optimizer steps a group at once.
     config = SftConfig(optim="adamw_torch", learning_rate=1.0)
     make = lambda model: torch.optim.SGD([{**group, "lr": 0.5} for group in parameter_groups(model, config, None)], foreach=True)  # noqa: E731
@@ -197,6 +199,62 @@ def in_shards(world, family, *, cp=1, pp=1, cpu_offload=False, **options):
     own = {name: tuple(each.to_local().shape) for name, each in part.named_parameters() if at in name and ".experts." in name}
     share = several.local_bytes()["weights"] / sum(4 * parameter.numel() for parameter in whole.parameters())
     return worst, share, list(own.values())
+
+
+def in_parts_of_parts(world, family, folder=None, *, shards=False, adapter=False, **axes):
+    """Two steps with layers and experts in parts, against one process.
+
+    With ``folder`` the state of the optimizer goes, between the steps, from one process to these, to others that share no
+    layer and take the second step too, and back.
+    (the largest deviation of losses, norms and weights; share of the weights held here; shapes of the first experts).
+    """
+    coefficient = {"router_aux_loss_coef": 0.0 if "pp" in axes else 0.02}
+    whole, part = [with_adapter(model) for model in pair(family)] if adapter else pair(family)
+    every = [flat_batch([row]) for row in rows(8)]
+    mesh, one = Mesh(sizes_of(world.size, tp=2, **axes), "cpu"), Single(CPU)
+    several = Spread(world, mesh, CPU, shards=shards, experts=2, sequence_kind="ring", split=in_stages(mesh))
+    runs = [(one, *one.prepare(whole, adamw)), (several, *several.prepare(part, adamw))]
+    worst = 0.0
+    for step in range(2):
+        if step and folder is not None:
+            if world.is_main:
+                one.save(folder / "one.pt")
+            dist.barrier()
+            others = Spread(world, Mesh(sizes_of(world.size), "cpu"), CPU, shards=True, experts=2)
+            runs.append((others, *others.prepare(copy.deepcopy(whole), adamw)))
+            for strategy, path, onward in ((several, "one", "tensor"), (others, "tensor", "parts"), (several, "parts", "last")):
+                strategy.optimizer.state.clear()
+                strategy.load(folder / f"{path}.pt")
+                strategy.save(folder / f"{onward}.pt")
+        results = []
+        for strategy, model, _ in runs:
+            dp, place = (1, 0) if strategy is one else (strategy.mesh.size("dp"), strategy.mesh.rank("dp"))
+            mine = every[4 * step : 4 * step + 4][place::dp]
+            found = strategy.accumulate(Policy(model, call=strategy.call, **coefficient), Sft(), None, mine, 10.0)
+            results.append((strategy.add([float(found.loss)])[0], strategy.clip_and_step(1.0)[0]))
+        worst = max([worst, *(abs(value / wanted - 1) for found in results for value, wanted in zip(found, results[0], strict=True))])
+    for strategy, model, _ in runs[1:]:
+        state = strategy.whole(model)
+        assert bool(state) == world.is_main and (not state or state.keys() == whole.state_dict().keys())
+        worst = max([worst, *(float((tensor - whole.state_dict()[name]).abs().max()) for name, tensor in state.items())])
+    own = [tuple(each.to_local().shape) for name, each in part.named_parameters() if ".0." in name and ".experts." in name]
+    return worst, several.local_bytes()["weights"] / sum(4 * each.numel() for each in whole.parameters()), own
+
+
+def adamw(model):
+    config = SftConfig(optim="adamw_torch", learning_rate=1e-2)
+    return torch.optim.AdamW(parameter_groups(model, config, None), eps=1e-3, fused=True)
+
+
+def in_stages(mesh):
+    costs = Costs([1.0, 1.0], 0.0, 0.0)
+    cut = functools.partial(cut_in_stages, group=mesh.group("pp"), device=CPU, tokens=16, is_flat=True, costs=costs)
+    return cut if mesh.size("pp") > 1 else None
+
+
+def several_in_parts(cases, folder):
+    with join(CPU) as world:
+        return [in_parts_of_parts(world, family, folder if is_saved else None, **options) for family, is_saved, options in cases]
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +296,28 @@ def test_groups_of_processes_have_the_same_experts():
         assert qwen == (pytest.approx(0, abs=TOLERANCE), 0.25, [(1, 32, 32), (1, 32, 16)])
         assert stages == (pytest.approx(0, abs=TOLERANCE), pytest.approx(0.25, rel=0.01), [(2, 96, 32), (2, 32, 48)])
         assert oss == (pytest.approx(0, abs=TOLERANCE), pytest.approx(0.25, rel=0.01), [(1, 16, 96), (1, 48), (1, 24, 32), (1, 16)])
+
+
+def test_experts_may_be_parts_of_split_layers(tmp_path):
+    cases = [("mixtral", True, {}), ("qwen3_moe", False, {"adapter": True, "shards": True}), ("gpt_oss", False, {"cp": 2})]
+    for full, adapted, in_sequence in run_ranks(4, several_in_parts, cases, tmp_path):
+        # Half of the experts, of each half of gate, up and down; with FSDP2 a quarter of all but the norms and the router.
+        assert full == (pytest.approx(0, abs=TOLERANCE), pytest.approx(0.33, abs=0.01), [(2, 2, 24, 32), (2, 32, 24)])
+        assert adapted == (pytest.approx(0, abs=TOLERANCE), pytest.approx(0.25, abs=0.01), [(2, 2, 8, 32), (2, 32, 8)])
+        # The plan of this model splits the embedding alone.
+        assert in_sequence[0] < TOLERANCE
+        assert in_sequence[2] == [(2, 32, 96), (2, 96), (2, 48, 32), (2, 32)]
+
+
+@pytest.mark.slow
+def test_experts_that_are_parts_of_split_layers_go_with_shards_and_stages():
+    """In eight processes two have the same parts of the same experts; with stages, each has parts of its own."""
+    cases = [("qwen3_moe", False, {"shards": True}), ("mixtral", False, {"pp": 2, "shards": True})]
+    for rank, results in enumerate(run_ranks(8, several_in_parts, cases, None)):
+        parts, stages = results
+        assert parts == (pytest.approx(0, abs=TOLERANCE), pytest.approx(1 / 8, rel=0.02), [(1, 2, 8, 32), (1, 32, 8)])
+        first = [(2, 2, 24, 32), (2, 32, 24)] if rank < 4 else []
+        assert stages == (pytest.approx(0, abs=TOLERANCE), pytest.approx(1 / 8, rel=0.02), first)
 
 
 def test_what_has_no_experts_to_share_is_refused_in_every_process(two):

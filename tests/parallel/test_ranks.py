@@ -205,6 +205,12 @@ def test_what_does_not_go_together_is_said_in_one_line(options, said):
     assert said in caught.value.message and "\n" not in caught.value.message and caught.value.hint
 
 
+def test_experts_go_with_split_layers():
+    options = {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}
+    config = build(SftConfig, ("python", {"model": "a", "dataset": ["b"], **options}))
+    assert str(arrange(config, World(rank=0, size=4, local_rank=0, local_size=4))) == "ddp, dp 2 x tp 2, ep 2"
+
+
 def test_processes_of_a_layer_read_the_same_rows_and_drop_the_same_activations():
     found = Arrangement("ddp", Sizes(pp=2, dp=2, cp=2, tp=2))
     assert [found.reader(rank) for rank in range(16)] == [0, 0, 0, 0, 1, 1, 1, 1] * 2

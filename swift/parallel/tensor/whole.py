@@ -1,7 +1,7 @@
 """Parts put together again, for files that any tool reads, and whole tensors from such files put into the parts."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,12 @@ def unpacked(tensor: Tensor, dim: int | None) -> Tensor:
 def packed(tensor: Tensor, dim: int | None) -> Tensor:
     """The same the other way round."""
     return tensor if dim is None else tensor.flatten(dim, dim + 1)
+
+
+def packing_dim(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """The dimension along which a tensor of one of the two shapes is ``unpacked`` to the other; None if it is not."""
+    short, long = sorted((tuple(one), tuple(other)), key=len)
+    return next((dim for dim, size in enumerate(short) if (*short[:dim], 2, size / 2, *short[dim + 1 :]) == long), None)
 
 
 def _packed_names(model: nn.Module) -> dict[str, int]:
