@@ -95,7 +95,7 @@ def rows(shape: Shape, work: Work, cards: int, tokens: int, machine: Machine) ->
         ways = 1 if cards % (tp * pp) else cards // (tp * pp)
         if cards % (tp * pp) or shape.kv_heads % tp or shape.layers < pp or tokens % ways:
             continue
-        for ep in powers[:7] if shape.experts and not shards and tp == pp == 1 else [1]:
+        for ep in powers[:7] if shape.experts else [1]:
             if ways % ep or (shape.experts and shape.experts % ep):
                 continue
             spread = Spread(dp=ways, tp=tp, pp=pp, ep=ep, shards=shards and ways > 1)
@@ -119,9 +119,13 @@ def measured(shape: Shape, work: Work, spread: Spread, tokens: int, machine: Mac
     passes = 2 + 2 + 2 * (work.trained == 1) + 2 * work.checkpointing
     computes = active * tokens * passes / spread.processes / (machine.tflops * 1e12)
     idle = (spread.pp - 1) / (work.micro_batches + spread.pp - 1)
-    far = sent.gradients + sent.weights + sent.stages + sent.experts
+    far = sent.gradients + sent.weights + sent.stages
     is_one_node = spread.processes <= CARDS_PER_NODE
     near = sent.layers + sent.sequence + (far if is_one_node else 0.0)
+    if spread.tp * spread.ep <= CARDS_PER_NODE:  # neighbours share experts
+        near += sent.experts
+    else:
+        far += sent.experts
     sends = near / (machine.near_gb_per_s * 1e9) + (0.0 if is_one_node else far) / (machine.far_gb_per_s * 1e9)
     sends += sent.host / (machine.host_gb_per_s * 1e9)
     return Row(spread, work, memory(shape, work, spread), sent, computes / (1 - idle), sends)

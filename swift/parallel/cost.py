@@ -159,18 +159,20 @@ class Traffic:
 
 def memory(shape: Shape, work: Work, spread: Spread) -> Memory:
     """What one process holds at most: one of the first pipeline stage, which has most micro-batches under way."""
-    own, outside = _own_parameters(shape, spread), _outside(shape, spread)
+    blocks, experts, outside = _own(shape, spread)
     parts = spread.dp * spread.cp if spread.shards else 1
+    parts_of_experts = parts / spread.ep if spread.shards else 1
     gathered = 0.0
     if spread.shards and (parts > 1 or spread.offload):
         # Two blocks, one that computes and one that comes, and what is outside of them, which stays; the gradients of one.
         gathered = 2 * _block(shape, spread) * work.travel_bytes + outside * _or(work.outside_bytes, work.travel_bytes)
         gathered += max(_block(shape, spread), outside) * work.trained * work.gradient_bytes
-    adapter = own * work.trained * ADAPTER_BYTES if work.trained < 1 else 0.0
+    trained = work.trained * ((blocks + outside) / parts + experts / parts_of_experts)
+    kept = (blocks * work.weight_bytes + outside * _or(work.outside_bytes, work.weight_bytes)) / parts
     return Memory(
-        weights=((own - outside) * work.weight_bytes + outside * _or(work.outside_bytes, work.weight_bytes) + adapter) / parts,
-        gradients=own * work.trained * work.gradient_bytes / parts,
-        optimizer=own * work.trained * work.optimizer_bytes / parts,
+        weights=kept + experts * work.weight_bytes / parts_of_experts + (trained * ADAPTER_BYTES if work.trained < 1 else 0.0),
+        gradients=trained * work.gradient_bytes,
+        optimizer=trained * work.optimizer_bytes,
         gathered=gathered,
         activations=_activations(shape, work, spread),
         is_offloaded=spread.shards and spread.offload,
@@ -179,22 +181,22 @@ def memory(shape: Shape, work: Work, spread: Spread) -> Memory:
 
 def traffic(shape: Shape, work: Work, spread: Spread) -> Traffic:
     """What one process sends in a step. Rings send a sum of b bytes in 2 b (n - 1) / n, a part of it in half of that."""
-    own, n = _own_parameters(shape, spread), spread.dp * spread.cp
-    layers, ring, host = _layers(shape, spread), (n - 1) / n, 0.0
+    (blocks, experts, outside), n, layers, host = _own(shape, spread), spread.dp * spread.cp, _layers(shape, spread), 0.0
+    copies = n / spread.ep  # experts are copied, or cut, by the processes that have the same ones
+    ring, ring_of_experts = (n - 1) / n, (copies - 1) / copies
+    trained = work.trained * work.gradient_bytes * ((blocks + outside) * ring + experts * ring_of_experts)
     if spread.shards:
         # Blocks are gathered for the forward and again for the backward pass, the rest once; gradients of each micro-batch go out.
-        outside = _outside(shape, spread)
-        gathered = 2 * (own - outside) * work.travel_bytes + outside * _or(work.outside_bytes, work.travel_bytes)
-        weights = gathered * ring * work.micro_batches
-        gradients = own * work.trained * work.gradient_bytes * ring * work.micro_batches
+        gathered = 2 * blocks * work.travel_bytes + outside * _or(work.outside_bytes, work.travel_bytes)
+        weights = (gathered * ring + 2 * experts * work.travel_bytes * ring_of_experts) * work.micro_batches
+        gradients = trained * work.micro_batches
         if spread.offload:  # its part of them, as it is kept
-            kept = 2 * (own - outside) * work.weight_bytes + outside * _or(work.outside_bytes, work.weight_bytes)
-            host = (kept + own * work.trained * work.gradient_bytes) / n * work.micro_batches
+            kept = 2 * blocks * work.weight_bytes + outside * _or(work.outside_bytes, work.weight_bytes)
+            kept += (blocks + outside) * work.trained * work.gradient_bytes
+            of_experts = experts * (2 * work.weight_bytes + work.trained * work.gradient_bytes)
+            host = (kept / n + of_experts / copies) * work.micro_batches
     else:
-        # Experts are copied less often: gradients of each are summed by the processes that have it.
-        experts, copies = (layers * _experts(shape, spread) if spread.ep > 1 else 0.0), n / spread.ep
-        weights = 0.0
-        gradients = 2 * work.trained * work.gradient_bytes * ((own - experts) * ring + experts * (copies - 1) / copies)
+        weights, gradients = 0.0, 2 * trained
     states = work.tokens / spread.cp * shape.hidden * ACTIVATION_BYTES * work.micro_batches
     # Two sums in the forward pass of a block, two in its backward pass, one more of each where it is computed again.
     sums = 2 * (3 if work.checkpointing else 2)
@@ -238,8 +240,10 @@ def _outside(shape: Shape, spread: Spread) -> float:
     return whole / spread.tp
 
 
-def _own_parameters(shape: Shape, spread: Spread) -> float:
-    return _layers(shape, spread) * _block(shape, spread) + _outside(shape, spread)
+def _own(shape: Shape, spread: Spread) -> tuple[float, float, float]:
+    """Parameters of one process before the data axis cuts them: of its blocks, of experts that others do not have, outside of blocks."""
+    experts = _layers(shape, spread) * _experts(shape, spread) if spread.ep > 1 else 0.0
+    return _layers(shape, spread) * _block(shape, spread) - experts, experts, _outside(shape, spread)
 
 
 def _activations(shape: Shape, work: Work, spread: Spread) -> float:

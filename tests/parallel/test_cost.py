@@ -86,6 +86,16 @@ def test_gradients_of_spread_experts_are_summed_by_the_processes_that_have_them(
     assert sent == 2 * 4 * (34_080 * 3 / 4 + 36_864 / 2)
 
 
+def test_spread_experts_are_cut_by_the_processes_that_have_the_same_ones():
+    shape = Shape.of(CONFIG | {"moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2})
+    # Of 34,080 others, 13,568 of them in blocks, each of four has a quarter; of half the experts, 36,864, one half.
+    held = memory(shape, Work(tokens=64, weight_bytes=4), Spread(dp=4, ep=2))
+    assert held.weights == 4 * (34_080 / 4 + 36_864 / 2) == held.gradients == held.optimizer / 2
+    sent = traffic(shape, Work(tokens=64), Spread(dp=4, ep=2))
+    assert sent.weights == 2 * ((2 * 13_568 + 20_512) * 3 / 4 + 2 * 36_864 / 2)
+    assert sent.gradients == 4 * (34_080 * 3 / 4 + 36_864 / 2)
+
+
 class Sent(TorchDispatchMode):
     """Bytes that a process sends in rings, of what is larger than the numbers that are agreed on."""
 
