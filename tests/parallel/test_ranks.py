@@ -90,6 +90,8 @@ FULL = {
     "pp x dp": (4, {"pipeline_model_parallel_size": 2}, None, None),
 }
 FULL["tp x pp"] = (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, None, None)
+FULL["pp x ring"] = (4, {"pipeline_model_parallel_size": 2, "sequence_parallel_size": 2, "sequence_parallel_kind": "ring"}, None, None)
+FULL["pp x ulysses x fsdp2"] = (4, {"pipeline_model_parallel_size": 2, "sequence_parallel_size": 2, "fsdp": "fsdp2"}, None, None)
 LORA = ("ddp", "offload", "tp x fsdp2", "ring x fsdp2", "pp x dp")
 
 
