@@ -8,7 +8,7 @@ from tests.ranks import run_ranks
 from tests.tiny import make_model
 
 pytestmark = pytest.mark.multi
-KEYS = ("loss", "grad_norm", "eval_loss", "rewards/margins", "eval_rewards/margins")
+KEYS = ("loss", "grad_norm", "eval_loss", "rewards/margins", "eval_rewards/margins", "logps/chosen")
 
 
 def train(model, rows, out, options):
