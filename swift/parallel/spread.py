@@ -150,7 +150,12 @@ class Spread:
         """The frozen ``model`` on the device: whole, or what this process has of its stages."""
         if self.split is None:
             return model.to(self.device)
-        self._second = self.split(model)
+        try:
+            self._second = self.split(model)
+        except ConfigError as problem:
+            raise ConfigError(
+                f"the reference: {problem.message}", hint="--precompute_ref_log_probs true computes it whole, before"
+            ) from None
         return model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
 
     def _with_reference(self, reference: Any, policy: Any, batches: Sequence[Batch]) -> Sequence[Batch]:

@@ -335,6 +335,8 @@ def _refused(mesh):
 
     cut = functools.partial(split, model, mesh.group("pp"), CPU, tokens=16, is_flat=False)
     told(cut, virtual=3)
+    cut_other = functools.partial(split, group=mesh.group("pp"), device=CPU, tokens=16, is_flat=False)
+    told(Spread(World(), mesh, CPU, shards=False, split=cut_other).place_second, build("llama", num_hidden_layers=1))
     with Calls() as calls:
         pipeline = cut(costs=even(4))
     # Before two processes of a group speak to each other alone, all of it have met, as NCCL asks for.
@@ -351,10 +353,11 @@ def _refused(mesh):
 
 def test_what_a_pipeline_cannot_do_is_told_in_one_line():
     first, last = run_ranks(2, _in, Sizes(pp=2), _refused)
-    assert first == last[:2]
+    assert first == last[:3]
     assert all("\n" not in problem for problem in last)
-    stages, router, twice = last
+    stages, reference, router, twice = last
     assert "6 pipeline stages are more than the 4 blocks of this model" in stages
+    assert "the reference: 2 pipeline stages are more than the 1 blocks of this model" in reference
     assert "--router_aux_loss_coef is computed over all blocks" in router
     assert "runs the model more than once for a batch" in twice
 
