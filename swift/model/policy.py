@@ -148,6 +148,10 @@ class Policy:
         hidden_BTD, balance = self._decode(batch)
         return hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, batch.kept_K), balance
 
+    def own(self, batch: Batch) -> Batch:
+        """What ``decode`` computes of ``batch``: all of it."""
+        return batch
+
     def decode(self, batch: Batch) -> Tensor:
         """(B, T, D) the decoder's hidden states, or logits if the head cannot be told apart: what a loss is taken from."""
         return self._decode(batch)[0]

@@ -49,4 +49,7 @@ class Objective(Protocol):
         """The number by which the trainer divides, of this batch; known without the model."""
 
     def loss_sum(self, policy: Policy, reference: Reference | None, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss summed over items, and sums of metrics to be divided by the same count."""
+        """The loss summed over items, and sums of metrics to be divided by the same count.
+
+        Log-probabilities that are in the batch stand for those of ``reference``, which a pipeline computes before and does not give.
+        """

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from swift.config.commands import RlhfConfig, SftConfig
+from swift.config.commands import SftConfig
 from swift.config.optim import BITSANDBYTES
 from swift.errors import ConfigError
 from swift.model.policy import Policy
@@ -78,11 +78,10 @@ def arrange(config: SftConfig, world: World) -> Arrangement:
             f"--strategy {found.strategy} needs several processes, and this is one",
             hint="NPROC_PER_NODE=2 swift sft ..., torchrun, or swift launch start them",
         )
-    _refuse_products(found)
-    if sizes.pp > 1 and isinstance(config, RlhfConfig) and found.strategy != "megatron":
+    if found.experts > 1 and found.strategy == "deepspeed":
         raise ConfigError(
-            f"--rlhf_type {config.rlhf_type} and --pipeline_model_parallel_size {sizes.pp} cannot be combined: stages have no reference",
-            hint="use --tensor_model_parallel_size or --fsdp fsdp2",
+            f"--expert_model_parallel_size {found.experts} and --strategy deepspeed cannot be combined yet",
+            hint="use --strategy ddp or fsdp2",
         )
     if sizes.pp > 1 and config.router_aux_loss_coef and found.strategy in ("ddp", "fsdp2"):
         raise ConfigError(
@@ -96,25 +95,6 @@ def arrange(config: SftConfig, world: World) -> Arrangement:
     if (check := getattr(STRATEGIES.get(found.strategy), "check", None)) is not None:
         check(config, sizes)
     return found
-
-
-def _refuse_products(found: Arrangement) -> None:
-    """ConfigError for ways to spread a model that do not go together. Megatron-Core has rules of its own."""
-    if found.strategy == "megatron":
-        return
-    sizes, experts = found.sizes, f"--expert_model_parallel_size {found.experts}"
-    apart = (
-        (found.experts > 1 and found.strategy == "deepspeed", experts, "--strategy deepspeed", "use --strategy ddp or fsdp2"),
-        (
-            sizes.cp > 1 and sizes.pp > 1,
-            f"--sequence_parallel_size {sizes.cp}",
-            f"--pipeline_model_parallel_size {sizes.pp}",
-            "keep one",
-        ),
-    )
-    for is_so, one, other, hint in apart:
-        if is_so:
-            raise ConfigError(f"{one} and {other} cannot be combined yet", hint=hint)
 
 
 def _refuse(config: SftConfig, found: Arrangement) -> None:
@@ -189,6 +169,11 @@ def make_policy(strategy: Any, model: Any, config: SftConfig) -> Any:
     return Policy(model, router_aux_loss_coef=config.router_aux_loss_coef, call=strategy.call)
 
 
+def place_second(strategy: Any, model: Any) -> Any:
+    """A frozen ``model`` beside the one that is trained: whole on the device, or in stages if the strategy has any."""
+    return strategy.place_second(model) if hasattr(strategy, "place_second") else model.to(strategy.device)
+
+
 def _split(
     config: SftConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype | None, tokens: int, is_flat: bool
 ) -> Callable[[Any], Pipeline]:
@@ -197,7 +182,7 @@ def _split(
         split,
         group=mesh.group("pp"),
         device=device,
-        tokens=tokens,
+        tokens=-(-tokens // mesh.size("cp")),  # those that a process computes of a row
         is_flat=is_flat,
         schedule=config.pipeline_schedule,
         virtual=config.virtual_pipeline_model_parallel_size,

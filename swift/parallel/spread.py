@@ -25,6 +25,7 @@ from swift.parallel.replicate import Replicas
 from swift.parallel.scaling import LossScale
 from swift.parallel.sequence import PartPolicy, Share, make_share, use_sequence_parallel
 from swift.parallel.shard import shard
+from swift.parallel.single import Single
 from swift.parallel.tensor import split_layers
 from swift.parallel.world import World, add
 from swift.tuner.blocks import blocks_of
@@ -61,6 +62,7 @@ class Spread:
         self.scale = LossScale() if autocast_dtype == torch.float16 else None
         self.split = split
         self.pipeline: Pipeline | None = None
+        self._second: Pipeline | None = None  # of another model, which is not trained
         self._entry: Any = None
         self._writers: Any = None  # processes as they write in the background
 
@@ -131,7 +133,8 @@ class Spread:
 
     def accumulate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch], count: float) -> Sums:
         if self.pipeline is not None:
-            return self.pipeline.accumulate(self, policy, objective, reference, batches, count, backward=self._scaled_backward)
+            batches = self._with_reference(reference, policy, batches)
+            return self.pipeline.accumulate(self, self._in_parts(policy), objective, batches, count, backward=self._scaled_backward)
         self._left = len(batches) + (batches[0].root_ids is not None)
         reference = self._in_parts(reference, policy)
         policy = self._in_parts(policy)
@@ -139,8 +142,30 @@ class Spread:
 
     def evaluate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch]) -> Sums:
         if self.pipeline is not None:
-            return self.pipeline.evaluate(self, policy, objective, reference, batches)
+            batches = self._with_reference(reference, policy, batches)
+            return self.pipeline.evaluate(self, self._in_parts(policy), objective, batches)
         return evaluate(self, self._in_parts(policy), objective, self._in_parts(reference, policy), batches, self.device)
+
+    def place_second(self, model: Any) -> Any:
+        """The frozen ``model`` on the device: whole, or what this process has of its stages."""
+        if self.split is None:
+            return model.to(self.device)
+        try:
+            self._second = self.split(model)
+        except ConfigError as problem:
+            raise ConfigError(
+                f"the reference: {problem.message}", hint="--precompute_ref_log_probs true computes it whole, before"
+            ) from None
+        return model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
+
+    def _with_reference(self, reference: Any, policy: Any, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """``batches`` with what ``reference`` says of them: stages compute one model at a time."""
+        if reference is None:
+            return batches
+        if self._second is None:
+            assert self.pipeline is not None
+            return self.pipeline.with_reference(self, self._in_parts(reference, policy), batches)
+        return self._second.with_reference(Single(self.device, autocast_dtype=self.autocast_dtype), reference, batches)
 
     def _in_parts(self, policy: Any, of: Any = None) -> Any:
         """``policy``, which is the model ``of`` or another, as it computes its share of each sequence; a second model computes all."""

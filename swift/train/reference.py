@@ -55,6 +55,15 @@ class Frozen:
         with self._still():
             return self.policy.logps(batch)
 
+    def own(self, batch: Batch) -> Batch:
+        """As of ``Policy``."""
+        return self.policy.own(batch)
+
+    def decode(self, batch: Batch) -> Tensor:
+        """As of ``Policy``: the hidden states that a stage hands on."""
+        with self._still():
+            return self.policy.decode(batch)
+
     @contextlib.contextmanager
     def root(self, ids_P: Tensor | None, document_length: int | None = None) -> Iterator[None]:
         """Within, batches continue ``ids_P``, which are computed once, here."""
@@ -168,13 +177,16 @@ def add_reference_adapter(config: SftConfig, model: Any) -> None:
     model.load_adapter(str(adapter_folder(config.ref_adapters[0])), adapter_name=ADAPTER, is_trainable=False)
 
 
-def make_reference(config: SftConfig, policy: Policy, second: Any, device: torch.device) -> Reference | None:
-    """The reference of a run, computed beside ``policy`` or by the ``second`` model on ``device``; None if none is while training."""
+def make_reference(config: SftConfig, policy: Policy, second: Any, place: Callable[[Any], Any]) -> Reference | None:
+    """The reference of a run, computed beside ``policy`` or by the ``second`` model; None if none is while training.
+
+    ``place`` gives what this process has of a frozen model, on its device.
+    """
     kind = kind_of_reference(config)
     if kind == "none" or (isinstance(config, RlhfConfig) and config.precompute_ref_log_probs):
         return None
     if kind == "model":
-        return Frozen(Policy(second.to(device)))
+        return Frozen(Policy(place(second)))
     if kind == "base" and hasattr(policy, "without_adapter"):  # the layers are another library's
         found: Reference = policy.without_adapter()
         return found

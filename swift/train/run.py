@@ -25,7 +25,7 @@ from swift.model.load import Loaded
 from swift.model.norms import use_lean_norms
 from swift.model.policy import probe_ids
 from swift.model.tokenizer import pad_token_id
-from swift.parallel.choose import Arrangement, arrange, make_policy, make_strategy
+from swift.parallel.choose import Arrangement, arrange, make_policy, make_strategy, place_second
 from swift.parallel.mapped import mapped_weights
 from swift.parallel.world import World, join
 from swift.train import checkpoint as checkpoints
@@ -154,7 +154,7 @@ class Session:
         optimizer = functools.partial(make_optimizer, config=config, lorap_lr_ratio=config.lorap_lr_ratio)
         self.model, self.optimizer = self.strategy.prepare(model, optimizer)
         self.policy = make_policy(self.strategy, self.model, config)
-        self.reference = references.make_reference(config, self.policy, second, self.device)
+        self.reference = references.make_reference(config, self.policy, second, functools.partial(place_second, self.strategy))
         self.schedule = make_schedule(self.optimizer, config, steps.total)
         self.state = TrainState(max_steps=steps.total, readers=steps.cutting.readers, units_per_step=steps.cutting.units_per_step)
         self.tuner.attach(self.model, self.optimizer, lambda: self.state.global_step)

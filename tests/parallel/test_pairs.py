@@ -1,4 +1,4 @@
-"""Pairs in two processes are pairs in one, whichever model they are compared with."""
+"""Pairs in several processes are pairs in one, whichever model they are compared with."""
 
 import json
 
@@ -8,7 +8,7 @@ from tests.ranks import run_ranks
 from tests.tiny import make_model
 
 pytestmark = pytest.mark.multi
-KEYS = ("loss", "grad_norm", "eval_loss", "rewards/margins", "eval_rewards/margins")
+KEYS = ("loss", "grad_norm", "eval_loss", "rewards/margins", "eval_rewards/margins", "logps/chosen")
 
 
 def train(model, rows, out, options):
@@ -26,7 +26,7 @@ def train(model, rows, out, options):
     return [{key: line[key] for key in KEYS if key in line} for line in result.state.log_history]
 
 
-def test_two_processes_compare_as_one(tiny_model, tmp_path):
+def test_several_processes_compare_as_one(tiny_model, tmp_path):
     rows = tmp_path / "pairs.jsonl"
     with rows.open("w") as file:
         for number in range(11):
@@ -46,9 +46,13 @@ def test_two_processes_compare_as_one(tiny_model, tmp_path):
     shared = {"gradient_accumulation_steps": 6}  # both processes see the same pairs
     cases.append(({**lora, **shared, "tensor_model_parallel_size": 2}, one[0]))
     cases += [({**full, **shared, name: 2}, one[1]) for name in ("tensor_model_parallel_size", "sequence_parallel_size")]
-    for number, (options, wanted) in enumerate(cases):
+    # Stages compute the reference first, which is the model without its adapter, or a second one in stages of its own.
+    stages = {"pipeline_model_parallel_size": 2}
+    cases += [({**full, **shared, **stages, **more}, one[1]) for more in ({}, {"precompute_ref_log_probs": True})]
+    four = [({**lora, **stages}, one[0]), ({**lora, **shared, **stages, "fsdp": "fsdp2", "sequence_parallel_size": 2}, one[0])]
+    for number, (options, wanted) in enumerate([*cases, *four]):
         given = {"gradient_accumulation_steps": 3, **options}
-        for found in run_ranks(2, train, tiny_model, rows, tmp_path / str(number), given):
+        for found in run_ranks(2 if number < len(cases) else 4, train, tiny_model, rows, tmp_path / str(number), given):
             assert len(found) == len(wanted) == 3
             for line, expected in zip(found, wanted, strict=True):
                 assert line == pytest.approx(expected, rel=2e-4, abs=2e-6), options

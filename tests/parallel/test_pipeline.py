@@ -26,6 +26,7 @@ from swift.parallel.single import Single
 from swift.parallel.spread import Spread
 from swift.parallel.world import World, join
 from swift.train.activations import checkpoint_activations
+from swift.train.reference import Frozen
 from tests.families import build
 from tests.parallel.test_ranks import train, weights
 from tests.ranks import run_ranks
@@ -110,7 +111,7 @@ def check(mesh, *, family="llama", layers=4, tied=False, tuner="full", kind="fla
     )
     policy = Policy(model)
     alive = Alive(pipeline.stages.local_blocks[0])
-    found = pipeline.accumulate(Single(CPU), policy, Sft(), None, parts, number)
+    found = pipeline.accumulate(Single(CPU), policy, Sft(), parts, number)
     pipeline.add_shared_gradients()
     assert float(found.loss) == pytest.approx(float(sums.loss), rel=TOLERANCE)
     assert found.metrics == {"token_acc": float(sums.metrics["token_acc"])}
@@ -120,7 +121,7 @@ def check(mesh, *, family="llama", layers=4, tied=False, tuner="full", kind="fla
         assert differs(gradient, gradients[name]) < TOLERANCE, name
     counted = [gradient for name, gradient in own.items() if pipeline.is_counted(name)]
     assert total_norm(counted, CPU, groups=[mesh.group("pp")]) == pytest.approx(norm, rel=TOLERANCE)
-    evaluated = pipeline.evaluate(Single(CPU), policy, Sft(), None, parts[:3])
+    evaluated = pipeline.evaluate(Single(CPU), policy, Sft(), parts[:3])
     with torch.no_grad():
         expected = [float(Sft().loss_sum(Policy(whole), None, without_root(batch))[0]) for batch in parts[:3]]
     assert float(evaluated.loss) == pytest.approx(sum(expected), rel=TOLERANCE)
@@ -182,12 +183,31 @@ def sizes(model) -> tuple[int, int, int]:
     return tuple(sum(parameter.numel() for parameter in part.parameters()) for part in parts)
 
 
+def second(mesh):
+    """How many numbers of a model that is compared with this process has, and what the process with the loss gets of it."""
+    whole, other = (copy.deepcopy(model_of("qwen3", layers=4, tied=True, tuner="full")) for _ in range(2))
+    cut = functools.partial(split, group=mesh.group("pp"), device=CPU, tokens=16, is_flat=True, costs=even(4))
+    strategy, parts = Spread(World(), mesh, CPU, shards=False, split=cut), batches("flat", 3)
+    own, _ = strategy.prepare(copy.deepcopy(whole), lambda model: torch.optim.SGD(model.parameters(), lr=0.0))
+    reference = Frozen(Policy(strategy.place_second(other)))
+    found = strategy._with_reference(reference, Policy(own), parts)
+    assert strategy._second.peak_alive == 0
+    with torch.no_grad():
+        wanted = [Policy(whole.eval()).logps(without_root(batch)) for batch in parts]
+    if mesh.rank("pp") == 1:
+        for batch, logps in zip(found, wanted, strict=True):
+            assert not batch.reference_logps.requires_grad
+            assert torch.allclose(batch.reference_logps, logps, rtol=TOLERANCE)
+    return {"parameters": sum(parameter.numel() for parameter in other.parameters())}
+
+
 def _two(mesh):
     return {
         "1f1b": check(mesh, tied=True),
         "gpipe": check(mesh, schedule="gpipe", kind="padded"),
         "interleaved": check(mesh, family="qwen3", schedule="interleaved", virtual=2, tied=True, kind="padded"),
         "lora": check(mesh, tuner="lora", tied=True),
+        "second": second(mesh),
     }
 
 
@@ -204,6 +224,8 @@ def test_two_processes_with_half_of_the_blocks_each_train_as_one():
     assert "model.layers.2.mlp.up_proj.weight" in first["interleaved"]["trained"]  # blocks 0 and 2
     assert (first["1f1b"]["alive"], last["1f1b"]["alive"]) == (2, 1)
     assert (first["gpipe"]["alive"], last["gpipe"]["alive"]) == (5, 5)
+    for rank in (first, last):
+        assert rank["second"]["parameters"] == rank["interleaved"]["parameters"]  # half of the same model
 
 
 def product(mesh, *, shards: bool, schedule="1f1b", virtual=1, tuner="full", tied=True, checkpointing=False, dtype=None):
@@ -313,18 +335,19 @@ def _refused(mesh):
 
     cut = functools.partial(split, model, mesh.group("pp"), CPU, tokens=16, is_flat=False)
     told(cut, virtual=3)
+    cut_other = functools.partial(split, group=mesh.group("pp"), device=CPU, tokens=16, is_flat=False)
+    told(Spread(World(), mesh, CPU, shards=False, split=cut_other).place_second, build("llama", num_hidden_layers=1))
     with Calls() as calls:
         pipeline = cut(costs=even(4))
     # Before two processes of a group speak to each other alone, all of it have met, as NCCL asks for.
     assert [name.partition(".default")[0] for name in calls.names] == ["c10d.allreduce_"]
     run = functools.partial(pipeline.accumulate, Single(CPU))
-    told(run, Policy(model), Sft(), Policy(model), parts, 1.0)
-    told(run, Policy(model, router_aux_loss_coef=0.1), Sft(), None, parts, 1.0)
+    told(run, Policy(model, router_aux_loss_coef=0.1), Sft(), parts, 1.0)
     if mesh.rank("pp") == 1:
-        told(run, Policy(model), Twice(), None, parts[:1], 1.0)
+        told(run, Policy(model), Twice(), parts[:1], 1.0)
     else:  # has nobody left to speak to
         with pytest.raises(RuntimeError, match=r"closed by peer|Connection"):
-            run(Policy(model), Twice(), None, parts[:1], 1.0)
+            run(Policy(model), Twice(), parts[:1], 1.0)
     return problems
 
 
@@ -334,7 +357,7 @@ def test_what_a_pipeline_cannot_do_is_told_in_one_line():
     assert all("\n" not in problem for problem in last)
     stages, reference, router, twice = last
     assert "6 pipeline stages are more than the 4 blocks of this model" in stages
-    assert "cannot run a reference model" in reference
+    assert "the reference: 2 pipeline stages are more than the 1 blocks of this model" in reference
     assert "--router_aux_loss_coef is computed over all blocks" in router
     assert "runs the model more than once for a batch" in twice
 

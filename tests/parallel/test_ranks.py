@@ -90,6 +90,10 @@ FULL = {
     "pp x dp": (4, {"pipeline_model_parallel_size": 2}, None, None),
 }
 FULL["tp x pp"] = (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, None, None)
+# Of two blocks and an embedding that is the head each stage has a block and the embedding: two thirds of the numbers.
+STAGES = {"pipeline_model_parallel_size": 2, "sequence_parallel_size": 2}
+FULL["pp x ring"] = (4, {**STAGES, "sequence_parallel_kind": "ring"}, 2 / 3, 2 / 3)
+FULL["pp x ulysses x fsdp2"] = (4, {**STAGES, "fsdp": "fsdp2"}, 1 / 3, 1 / 3)
 LORA = ("ddp", "offload", "tp x fsdp2", "ring x fsdp2", "pp x dp")
 
 

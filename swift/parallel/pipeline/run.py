@@ -6,6 +6,7 @@ every shape; its schedules have a fixed number of micro-batches. Here a step has
 and with its own layout, and since every process of a pipeline gets the same batches, it knows the shape of what it receives.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from swift.parallel.pipeline.stages import Stages
 
 # B rows, T tokens of a row, D model width
 
+LossSum = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
+
 
 class _Alive(NamedTuple):
     """What a forward pass leaves for its backward pass."""
@@ -42,15 +45,19 @@ class _Step:
 
     strategy: Any
     policy: Any
-    objective: Objective
+    loss_sum: LossSum
     batches: Sequence[Batch]
+    parts: Sequence[Batch]  # what of each batch is computed here; processes of a sequence have some of its tokens
     count: float
-    is_trained: bool
-    backward: Callable[[Tensor], None]
+    backward: Callable[[Tensor], None] | None
     sums: Sums
     alive: dict[tuple[int, int], _Alive]
     inbox: dict[Action, tuple[Tensor, Any]]
     outbox: list[tuple[Any, Tensor]]
+
+    @property
+    def is_trained(self) -> bool:
+        return self.backward is not None
 
 
 class Pipeline:
@@ -76,7 +83,6 @@ class Pipeline:
         strategy: Any,
         policy: Any,
         objective: Objective,
-        reference: Any,
         batches: Sequence[Batch],
         count: float,
         *,
@@ -86,16 +92,37 @@ class Pipeline:
 
         Gradients are those of the loss divided by ``count``. The sums are the same in every process. ``backward`` starts the
         backward pass of a loss; it may scale it. Forward passes go through ``strategy.call`` within ``strategy.autocast()``.
+        An objective that compares finds in the batches what ``with_reference`` has put there.
         """
         self._warn_of_idle(len(batches))
-        table = self._table(self.schedule, len(batches))
-        return self._go(strategy, policy, objective, reference, batches, count, table, is_trained=True, backward=backward)
+        loss_sum = functools.partial(objective.loss_sum, policy, None)
+        batches = self._ready(batches)
+        return self._shared_sums(self._go(strategy, policy, loss_sum, batches, self.schedule, count=count, backward=backward))
 
     @torch.no_grad()
-    def evaluate(self, strategy: Any, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch]) -> Sums:
+    def evaluate(self, strategy: Any, policy: Any, objective: Objective, batches: Sequence[Batch]) -> Sums:
         """Loss and metrics of ``batches``, forward only; the same in every process of the pipeline."""
-        table = self._table("forward", len(batches))
-        return self._go(strategy, policy, objective, reference, batches, 1.0, table, is_trained=False, backward=torch.autograd.backward)
+        loss_sum = functools.partial(objective.loss_sum, policy, None)
+        return self._shared_sums(self._go(strategy, policy, loss_sum, self._ready(batches), "forward"))
+
+    @torch.no_grad()
+    def with_reference(self, strategy: Any, reference: Any, batches: Sequence[Batch]) -> list[Batch]:
+        """``batches`` with the log-probabilities that ``reference`` gives to their documents, where the loss is taken.
+
+        The model of ``reference`` has its blocks in these stages: it is the one that is trained, with another adapter or none,
+        or another one. All batches go through them once, forward only, and nothing of that is kept but the results.
+        """
+        batches = self._ready(batches)
+        if all(batch.reference_logps is not None for batch in batches):  # computed before training
+            return batches
+        found: dict[int, Tensor] = {}
+
+        def keep(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            logps = found[id(batch)] = reference.logps(batch)
+            return logps.sum(), {}
+
+        self._go(strategy, reference, keep, batches, "forward")
+        return [replace(batch, reference_logps=found[id(batch)]) for batch in batches] if self.is_last else batches
 
     def add_shared_gradients(self) -> None:
         """Add up the gradients of weights that two stages have (tied embeddings); after those of other axes are complete."""
@@ -114,6 +141,9 @@ class Pipeline:
                     found[alias] = found[name]
         return found
 
+    def _ready(self, batches: Sequence[Batch]) -> list[Batch]:
+        return [without_root(batch.to(self.device)) for batch in batches]
+
     def _table(self, schedule: str, batches: int) -> Table:
         if (schedule, batches) not in self._tables:
             orders = (forward_only if schedule == "forward" else SCHEDULES[schedule])(self.processes, self.virtual, batches)
@@ -129,30 +159,28 @@ class Pipeline:
         self,
         strategy: Any,
         policy: Any,
-        objective: Objective,
-        reference: Any,
+        loss_sum: LossSum,
         batches: Sequence[Batch],
-        count: float,
-        table: Table,
+        schedule: str,
         *,
-        is_trained: bool,
-        backward: Callable[[Tensor], None],
+        count: float = 1.0,
+        backward: Callable[[Tensor], None] | None = None,
     ) -> Sums:
-        if reference is not None:
-            raise ConfigError("a pipeline cannot run a reference model", hint="leave --pipeline_model_parallel_size away")
-        if policy.router_aux_loss_coef:
+        """The sums of the process with the loss; no gradients without ``backward``."""
+        if getattr(policy, "router_aux_loss_coef", 0.0):
             raise ConfigError(
                 "--router_aux_loss_coef is computed over all blocks, and no process of a pipeline has all", hint="--router_aux_loss_coef 0"
             )
-        batches = [without_root(batch.to(self.device)) for batch in batches]
-        step = _Step(strategy, policy, objective, batches, count, is_trained, backward, Sums(), {}, {}, [])
+        table = self._table(schedule, len(batches))
+        parts = [policy.own(batch) for batch in batches]
+        step = _Step(strategy, policy, loss_sum, batches, parts, count, backward, Sums(), {}, {}, [])
         for tick in zip(*table, strict=True):
             action = tick[self.rank]
             computed = self._compute(step, action) if action is not None else None
             self._transfer(step, tick, computed)
         for work, _ in step.outbox:
             work.wait()
-        return self._shared_sums(step.sums)
+        return step.sums
 
     def _compute(self, step: _Step, action: Action) -> Tensor | None:
         """What the stage after, or before, is to get."""
@@ -163,18 +191,17 @@ class Pipeline:
         return self._forward(step, action, received) if action.is_forward else self._backward(step, action, received)
 
     def _forward(self, step: _Step, action: Action, received: Tensor | None) -> Tensor | None:
-        batch = step.batches[action.batch]
         if received is not None and step.is_trained:
             received.requires_grad_()
         output: Tensor | None = None
         end: GradientEdge | Tensor | None = None
         with self.stages.running(action.stage, received) as after, step.strategy.autocast():
             if after is None:
-                loss, metrics = step.strategy.call(step.objective.loss_sum, step.policy, None, batch)
+                loss, metrics = step.strategy.call(step.loss_sum, step.batches[action.batch])
                 step.sums.add(loss, metrics)
                 end = loss / max(step.count, 1.0)
             else:
-                output = step.strategy.call(_hidden, step.policy, batch, after)
+                output = step.strategy.call(_hidden, step.policy, step.parts[action.batch], after)
                 end = get_gradient_edge(output) if output.requires_grad else None  # not the numbers, which are sent and then gone
         if step.is_trained:
             dtype = torch.float32 if output is None else output.dtype
@@ -188,6 +215,7 @@ class Pipeline:
     def _backward(self, step: _Step, action: Action, gradient: Tensor | None) -> Tensor | None:
         received, end, dtype = step.alive.pop((action.stage, action.batch))
         if isinstance(end, Tensor):
+            assert step.backward is not None
             if end.requires_grad:
                 step.backward(end)
         elif end is not None:
@@ -210,7 +238,7 @@ class Pipeline:
                 posts.append((dist.P2POp(dist.isend, computed, group=self.group, group_peer=peer), None))
             elif peer == self.rank:
                 at = to if action.is_forward else action.stage  # the stage after the boundary that is crossed
-                shape = (*step.batches[action.batch].input_ids.shape, self.stages.structure.width)
+                shape = (*step.parts[action.batch].input_ids.shape, self.stages.structure.width)
                 buffer = torch.empty(shape, dtype=self.stages.received_dtype(at), device=self.device)
                 posts.append((dist.P2POp(dist.irecv, buffer, group=self.group, group_peer=rank), action._replace(stage=to)))
         if not posts:
@@ -234,8 +262,8 @@ class Pipeline:
         return found
 
 
-def _hidden(policy: Any, batch: Batch, after: Any) -> Tensor:
-    policy.decode(batch)
+def _hidden(policy: Any, part: Batch, after: Any) -> Tensor:
+    policy.decode(part)
     hidden: Tensor = after.take()
     return hidden
 

@@ -21,6 +21,7 @@ class PartPolicy:
     def __init__(self, policy: Any, share: Share) -> None:
         self.policy, self.share = policy, share
         self.model = getattr(policy, "model", None)  # a reference has none that is trained
+        self.router_aux_loss_coef = getattr(policy, "router_aux_loss_coef", 0.0)
 
     def cross_entropy(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """As of ``Policy``, of the whole batch."""
@@ -31,6 +32,15 @@ class PartPolicy:
         """(num_documents,) as of ``Policy``, of whole documents, wherever their tokens are."""
         logps: Tensor = Total.apply(self.policy.logps(split(batch, self.share)), self.share.group)
         return logps
+
+    def own(self, batch: Batch) -> Batch:
+        """This process's part of ``batch``."""
+        return split(batch, self.share)
+
+    def decode(self, part: Batch) -> Tensor:
+        """(1, t, D) the hidden states of what ``own`` gave."""
+        hidden: Tensor = self.policy.decode(part)
+        return hidden
 
     def root(self, ids_P: Tensor | None, document_length: int | None = None) -> AbstractContextManager[None]:
         """As of ``Policy``: every process computes the whole root."""
