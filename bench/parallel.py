@@ -2,6 +2,7 @@
 
     python bench/parallel.py                                   # 1, 2 and 4 processes, every tool
     python bench/parallel.py --processes 2 --tool swift-fsdp2 bare-fsdp2 --rounds 5
+    python bench/parallel.py --processes 2 --tool paired-fsdp2 --steps 20
     python bench/parallel.py --layers 8 --width 256 --length 256 --json
 
 All train all weights of the same random Llama on the same rows of one length in float32, with AdamW, as many rows in each
@@ -12,11 +13,15 @@ weights and optimizer state in a process, counted from the tensors; `rss` is the
 when its model was loaded. Absolute numbers of a machine with fewer cores than processes mean nothing; ratios of one line of
 the table to another with as many processes do.
 
+`paired-fsdp2`, `paired-ddp` and `paired-single` have both, swift and the bare loop, in the same processes and let their steps
+take turns: what else the machine does meets both, and the ratio of two neighbouring steps is known to a percent.
+
 ms-swift runs from its environment, which `bench/peers.sh ms-swift` makes. It has no FSDP on CPUs: its `--fsdp` trains copies.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import re
@@ -26,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("swift-ddp", "swift-fsdp2", "swift-tp", "bare-ddp", "bare-fsdp2", "ms_swift-ddp")
 ZERO = tuple(f"{owner}-zero{stage}" for stage in range(4) for owner in ("swift", "deepspeed", "ms_swift"))
 ALONE = ("swift-single", "bare-single", "ms_swift-single")
+PAIRED = ("paired-fsdp2", "paired-ddp", "paired-single")
 SETTINGS = {"rows": 2, "steps": 8}
 
 
@@ -56,10 +62,10 @@ def local_bytes(tensors: Any) -> int:
     return sum((getattr(each, "_local_tensor", each)).numel() * each.element_size() for each in tensors)
 
 
-def finish(times: list[float], held: int, before: int) -> None:
-    """Print what this process measured, as one line."""
+def finish(times: list[float], held: int, before: int, beside: list[float] | None = None) -> None:
+    """Print what this process measured, as one line. ``beside`` are the steps of another loop that took turns with it."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    line = "\nmeasured " + json.dumps({"times": times, "held": held, "rss": peak - before}) + "\n"
+    line = "\nmeasured " + json.dumps({"times": times, "held": held, "rss": peak - before, "beside": beside or []}) + "\n"
     sys.stdout.flush()
     os.write(1, line.encode())  # at once: the processes write into one stream
 
@@ -73,6 +79,9 @@ def run_swift(tool: str, folder: Path, length: int) -> None:
     from swift.train.run import Session
 
     times: list[float] = []
+    beside: list[float] = []
+    kind = tool.partition("-")[2]
+    other: Iterator[float] = bare_steps(f"bare-{kind}", folder, length)[1] if tool.startswith("paired") else iter(())
     held, before = 0, 0
     step, ends, begins = Session._step, Session.run_to_end, Session.__init__
 
@@ -81,6 +90,7 @@ def run_swift(tool: str, folder: Path, length: int) -> None:
         begin = time.perf_counter()
         step(self, *arguments)
         times.append(time.perf_counter() - begin)
+        beside.extend(itertools.islice(other, 1))
 
     def counted(self: Any) -> Any:
         nonlocal held
@@ -98,7 +108,6 @@ def run_swift(tool: str, folder: Path, length: int) -> None:
         begins(self, *arguments, **options)
 
     Session._step, Session.run_to_end, Session.__init__ = timed, counted, begun  # type: ignore[method-assign]
-    kind = tool.removeprefix("swift-")
     options: dict[str, Any] = {"fsdp2": {"fsdp": "fsdp2"}, "tp": {"tensor_model_parallel_size": int(os.environ["WORLD_SIZE"])}}.get(
         kind, {}
     )
@@ -116,7 +125,7 @@ def run_swift(tool: str, folder: Path, length: int) -> None:
             {"learning_rate": 1e-4, "share_prefixes": False, "gradient_checkpointing": False} | {"gradient_accumulation_steps": 1} | options
         ),
     )
-    finish(times, held, before)
+    finish(times, held, before, beside)
 
 
 def batches(folder: Path, length: int, rank: int, size: int) -> list[Any]:
@@ -131,35 +140,50 @@ def batches(folder: Path, length: int, rank: int, size: int) -> list[Any]:
 
 
 def run_bare(tool: str, folder: Path, length: int) -> None:
-    import torch
     from torch import distributed as dist
+
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        dist.init_process_group("gloo")
+    tensors, steps = bare_steps(tool, folder, length)
+    before = resident()
+    times = list(steps)
+    finish(times, local_bytes(tensors()), before)
+
+
+def bare_steps(tool: str, folder: Path, length: int) -> tuple[Callable[[], Iterator[Any]], Iterator[float]]:
+    """(what gives the tensors of weights and optimizer, the seconds of each step, which is made when it is asked for)."""
+    import torch
     from transformers import AutoModelForCausalLM
 
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if size > 1:
-        dist.init_process_group("gloo")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-    before = resident()
-    network: Any = model
-    if tool == "bare-fsdp2":
-        from torch.distributed.fsdp import fully_shard
+    optimizers: list[torch.optim.Optimizer] = []
 
-        for block in model.model.layers:
-            fully_shard(block)
-        fully_shard(model)
-    elif tool == "bare-ddp":
-        network = torch.nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    times = []
-    for ids in batches(folder, length, rank, size):
-        begin = time.perf_counter()
-        network(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        times.append(time.perf_counter() - begin)
-    held = local_bytes(model.parameters()) + local_bytes(value for own in optimizer.state.values() for value in own.values())
-    finish(times, held, before)
+    def tensors() -> Iterator[Any]:
+        yield from model.parameters()
+        for optimizer in optimizers:
+            yield from (value for own in optimizer.state.values() for value in own.values())
+
+    def steps() -> Iterator[float]:
+        network: Any = model
+        if tool == "bare-fsdp2":
+            from torch.distributed.fsdp import fully_shard
+
+            for block in model.model.layers:
+                fully_shard(block)
+            fully_shard(model)
+        elif tool == "bare-ddp":
+            network = torch.nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        optimizers.append(optimizer)
+        for ids in batches(folder, length, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])):
+            begin = time.perf_counter()
+            network(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            yield time.perf_counter() - begin
+
+    return tensors, steps()
 
 
 def run_deepspeed(tool: str, folder: Path, length: int) -> None:
@@ -233,6 +257,7 @@ def run_ms_swift(tool: str, folder: Path, length: int) -> None:
 
 RUNS: dict[str, Callable[[str, Path, int], None]] = {
     "swift": run_swift,
+    "paired": run_swift,
     "bare": run_bare,
     "deepspeed": run_deepspeed,
     "ms_swift": run_ms_swift,
@@ -244,7 +269,7 @@ def measure(tool: str, processes: int, folder: Path, length: int) -> dict[str, A
     is_peer = tool.startswith("ms_swift")
     python = str(PEERS / "ms-swift" / "bin" / "python") if is_peer else sys.executable
     words = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__]
-    words += ["--worker", tool, "--folder", str(folder), "--length", str(length)]
+    words += ["--worker", tool, "--folder", str(folder), "--length", str(length), "--steps", str(SETTINGS["steps"])]
     env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     env |= {"USE_HF": "1", "HF_HUB_OFFLINE": "1"} if is_peer else {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, env=env, capture_output=True, text=True, cwd=folder)
@@ -253,14 +278,22 @@ def measure(tool: str, processes: int, folder: Path, length: int) -> dict[str, A
         lines = done.stderr.strip().splitlines() or ["no output"]
         return {"error": next((line for line in lines if re.search(r"\w(Error|Exception): (?!\()", line)), lines[-1])[:200]}
     steps = [max(each["times"][at] for each in found) for at in range(2, SETTINGS["steps"])]
-    return {"step_s": statistics.median(steps), "held": max(each["held"] for each in found), "rss": max(each["rss"] for each in found)}
+    beside = [max(each["beside"][at] for each in found) for at in range(2, SETTINGS["steps"])] if found[0]["beside"] else []
+    ratios = [own / other for own, other in zip(steps, beside, strict=False)]
+    return {
+        "ratios": ratios,
+        "step_s": statistics.median(steps),
+        "held": max(each["held"] for each in found),
+        "rss": max(each["rss"] for each in found),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--tool", nargs="+", choices=(*ALONE, *TOOLS, *ZERO))
+    parser.add_argument("--tool", nargs="+", choices=(*ALONE, *TOOLS, *ZERO, *PAIRED))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--length", type=int, default=256)
@@ -268,6 +301,7 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    SETTINGS["steps"] = options.steps
     if options.worker:
         RUNS[options.worker.split("-")[0]](options.worker, options.folder, options.length)
         return
@@ -283,7 +317,7 @@ def main() -> None:
         if not options.json:
             print("| processes | tool | s a step (spread) | MB held | MB peak over the loaded model |\n|---|---|---|---|---|")
         for processes in options.processes:
-            tools = [tool for tool in options.tool or (*ALONE, *TOOLS, *ZERO) if (tool in ALONE) == (processes == 1)]
+            tools = [tool for tool in options.tool or (*ALONE, *TOOLS, *ZERO) if tool.endswith("single") == (processes == 1)]
             results: dict[str, list[dict[str, Any]]] = {tool: [] for tool in tools}
             for _ in range(options.rounds):
                 for tool in tools:
@@ -297,7 +331,11 @@ def main() -> None:
                 else:
                     steps = sorted(each["step_s"] for each in good)
                     held, rss = max(each["held"] for each in good) / 1e6, max(each["rss"] for each in good) / 1e6
+                    ratios = sorted(ratio for each in good for ratio in each["ratios"])
                     shown = f"{statistics.median(steps):.3f} ({steps[0]:.3f} to {steps[-1]:.3f})"
+                    if ratios:  # the middle half of them too
+                        quarter = len(ratios) // 4
+                        shown += f", {statistics.median(ratios):.3f} of bare ({ratios[quarter]:.3f} to {ratios[-quarter - 1]:.3f})"
                     print(f"| {processes} | {tool} | {shown} | {held:,.1f} | {rss:,.0f} |", flush=True)
 
 

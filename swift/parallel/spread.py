@@ -23,7 +23,7 @@ from swift.parallel.mesh import Mesh
 from swift.parallel.pipeline.run import Pipeline
 from swift.parallel.replicate import Replicas
 from swift.parallel.scaling import LossScale
-from swift.parallel.sequence import PartPolicy, Share, make_share, use_sequence_parallel
+from swift.parallel.sequence import Share, in_parts, make_share, use_sequence_parallel
 from swift.parallel.shard import shard
 from swift.parallel.single import Single
 from swift.parallel.tensor import split_layers
@@ -134,17 +134,17 @@ class Spread:
     def accumulate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch], count: float) -> Sums:
         if self.pipeline is not None:
             batches = self._with_reference(reference, policy, batches)
-            return self.pipeline.accumulate(self, self._in_parts(policy), objective, batches, count, backward=self._scaled_backward)
+            return self.pipeline.accumulate(self, in_parts(policy, self.share), objective, batches, count, backward=self._scaled_backward)
         self._left = len(batches) + (batches[0].root_ids is not None)
-        reference = self._in_parts(reference, policy)
-        policy = self._in_parts(policy)
+        reference = in_parts(reference, self.share, policy)
+        policy = in_parts(policy, self.share)
         return accumulate(self, policy, objective, reference, batches, count, self.device)
 
     def evaluate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch]) -> Sums:
         if self.pipeline is not None:
             batches = self._with_reference(reference, policy, batches)
-            return self.pipeline.evaluate(self, self._in_parts(policy), objective, batches)
-        return evaluate(self, self._in_parts(policy), objective, self._in_parts(reference, policy), batches, self.device)
+            return self.pipeline.evaluate(self, in_parts(policy, self.share), objective, batches)
+        return evaluate(self, in_parts(policy, self.share), objective, in_parts(reference, self.share, policy), batches, self.device)
 
     def place_second(self, model: Any) -> Any:
         """The frozen ``model`` on the device: whole, or what this process has of its stages."""
@@ -164,13 +164,8 @@ class Spread:
             return batches
         if self._second is None:
             assert self.pipeline is not None
-            return self.pipeline.with_reference(self, self._in_parts(reference, policy), batches)
+            return self.pipeline.with_reference(self, in_parts(reference, self.share, policy), batches)
         return self._second.with_reference(Single(self.device, autocast_dtype=self.autocast_dtype), reference, batches)
-
-    def _in_parts(self, policy: Any, of: Any = None) -> Any:
-        """``policy``, which is the model ``of`` or another, as it computes its share of each sequence; a second model computes all."""
-        is_another = of is not None and getattr(getattr(policy, "policy", None), "inner", None) is not of.inner
-        return policy if self.share is None or policy is None or is_another else PartPolicy(policy, self.share)
 
     def backward(self, loss: Tensor) -> None:
         self._left -= 1

@@ -20,6 +20,8 @@ TWO = {
     "ring": SHARED | {"sequence_parallel_size": 2, "sequence_parallel_kind": "ring"},
     "zero2": DEALT | {"deepspeed": "zero2"},
     "zero3": DEALT | {"deepspeed": "zero3"},
+    "zero3 x ulysses": SHARED | {"deepspeed": "zero3", "sequence_parallel_size": 2},
+    "zero1 x ring": SHARED | {"deepspeed": "zero1", "sequence_parallel_size": 2, "sequence_parallel_kind": "ring"},
 }
 
 

@@ -22,7 +22,8 @@ from swift.objectives.base import Objective
 from swift.parallel.base import Sums, accumulate, evaluate
 from swift.parallel.deepspeed import checkpoint, package, schema, settings
 from swift.parallel.deepspeed.entry import Entry
-from swift.parallel.mesh import Sizes
+from swift.parallel.mesh import Mesh, Sizes, sizes_of
+from swift.parallel.sequence import Share, in_parts, make_share, use_sequence_parallel
 from swift.parallel.world import World, add
 
 
@@ -44,8 +45,8 @@ class DeepSpeed:
         if config.deepspeed is None:
             raise ConfigError("--strategy deepspeed needs settings", hint="say --deepspeed zero2 instead, or a JSON file")
         name = settings.title(config.deepspeed)
-        if sizes != Sizes(dp=sizes.dp):
-            raise ConfigError(f"{name} and {sizes} cannot be combined: its processes all see different rows", hint="use --fsdp fsdp2")
+        if sizes != Sizes(dp=sizes.dp, cp=sizes.cp):
+            raise ConfigError(f"{name} and {sizes} cannot be combined: its processes have all layers", hint="use --fsdp fsdp2")
         found = settings.read(config.deepspeed)
         settings.agree(found, config, sizes.dp)
         package.load(choose_device(config.device).type)
@@ -66,6 +67,8 @@ class DeepSpeed:
         if self.is_float16:
             _check_float16(settings.title(config.deepspeed))
         self._left = 0
+        self.share: Share | None = None  # of the processes that share a sequence; to DeepSpeed they are some that see other tokens
+        self._readers: Any = None
 
     def prepare(self, model: Any, make_optimizer: Callable[[Any], Optimizer]) -> tuple[Any, Optimizer]:
         name = settings.title(self.config.deepspeed)
@@ -81,6 +84,7 @@ class DeepSpeed:
             dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
         # DeepSpeed reads it, also of a process that is alone and that no launcher started.
         os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))
+        self._share_sequences(model)
         optimizer = make_optimizer(model)
         if self.stage == 3 and not self.world.is_alone:
             self._cut(filled)
@@ -105,6 +109,15 @@ class DeepSpeed:
         self.averages = settings.value_at(filled, "gradient_allreduce_op") != "sum"
         own: Optimizer = self.engine.basic_optimizer
         return model, own
+
+    def _share_sequences(self, model: Any) -> None:
+        size = self.config.sequence_parallel_size
+        if size == 1:
+            return
+        mesh = Mesh(sizes_of(self.world.size, cp=size), self.device.type)
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.share, self._readers = make_share(inner.config, mesh.group("cp"), self.config.sequence_parallel_kind), mesh.group("dp")
+        use_sequence_parallel(inner, self.share)
 
     def _forget_trial_step(self) -> None:
         """Stage 0 in 16 bits: DeepSpeed 0.19.8 makes the optimizer's state by a step of zero gradients.
@@ -159,15 +172,16 @@ class DeepSpeed:
         return self.engine(function, *arguments)[0]
 
     def add(self, values: Sequence[float]) -> list[float]:
-        return list(values) if self.world.is_alone else add(values, self.device)
+        return list(values) if self.world.is_alone else add(values, self.device, self._readers)
 
     def accumulate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch], count: float) -> Sums:
         assert all(batch.root_ids is None for batch in batches)  # its backward pass would go past the engine
         self._left = len(batches)
+        reference, policy = in_parts(reference, self.share, policy), in_parts(policy, self.share)
         return accumulate(self, policy, objective, reference, batches, count, self.device)
 
     def evaluate(self, policy: Any, objective: Objective, reference: Any, batches: Sequence[Batch]) -> Sums:
-        return evaluate(self, policy, objective, reference, batches, self.device)
+        return evaluate(self, in_parts(policy, self.share), objective, in_parts(reference, self.share, policy), batches, self.device)
 
     def backward(self, loss: Tensor) -> None:
         self._left -= 1

@@ -6,8 +6,8 @@ as over processes that see other rows. A ``PartPolicy`` does both and gives the 
 """
 
 from swift.parallel.sequence.attend import use_sequence_parallel
-from swift.parallel.sequence.policy import PartPolicy
+from swift.parallel.sequence.policy import PartPolicy, in_parts
 from swift.parallel.sequence.share import Share, make_share
 from swift.parallel.sequence.split import split
 
-__all__ = ["PartPolicy", "Share", "make_share", "split", "use_sequence_parallel"]
+__all__ = ["PartPolicy", "Share", "in_parts", "make_share", "split", "use_sequence_parallel"]

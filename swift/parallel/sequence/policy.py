@@ -11,6 +11,12 @@ from swift.parallel.sequence.share import Share
 from swift.parallel.sequence.split import split
 
 
+def in_parts(policy: Any, share: Share | None, of: Any = None) -> Any:
+    """``policy``, which is the model ``of`` or another, as it computes its share of each sequence; a second model computes all."""
+    is_another = of is not None and getattr(getattr(policy, "policy", None), "inner", None) is not of.inner
+    return policy if share is None or policy is None or is_another else PartPolicy(policy, share)
+
+
 class PartPolicy:
     """``policy``, each of whose passes is shared by the processes of ``share``.
 
