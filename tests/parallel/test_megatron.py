@@ -11,42 +11,20 @@ import swift.api
 import swift.cli
 import swift.train.run
 from swift.errors import CheckpointError
-from swift.parallel.megatron import checkpoint, package, strategy
+from swift.parallel.megatron import checkpoint, strategy
 from swift.parallel.megatron.convert import Converter
 from swift.parallel.megatron.model import Layout
 from swift.parallel.megatron.strategy import Megatron
 from swift.parallel.world import join
-from tests.families import build
 from tests.ranks import run_ranks
-from tests.tiny import make_tokenizer
 
 pytestmark = pytest.mark.multi
 KEYS = ("loss", "grad_norm", "eval_loss", "token_acc", "eval_token_acc", "rewards/margins")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def imported():
-    """Once, rather than in each process that is forked."""
-    for name in ("parallel_state", "models.gpt.gpt_layer_specs", "models.gpt.gpt_model", "pipeline_parallel", "tensor_parallel"):
-        package.part(name)
-
-
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A folder for each family, with the tokenizer of the tests."""
-
-    def make(family, **options):
-        path = tmp_path_factory.mktemp(family)
-        tokenizer = make_tokenizer(path)
-        build(family, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **options).save_pretrained(path)
-        return path
-
-    return {
-        "tied": make("llama", num_hidden_layers=4, tie_word_embeddings=True),
-        "qwen2": make("qwen2"),
-        "experts": make("qwen3_moe"),
-        "windows": make("mistral"),
-    }
+def models(megatron, folder_of, tied):
+    return {"tied": tied, "qwen2": folder_of("qwen2"), "experts": folder_of("qwen3_moe"), "windows": folder_of("mistral")}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from swift.config.options import build as options_of
 from swift.data.collate import flat_batch, padded_batch
 from swift.errors import ConfigError
 from swift.model.policy import evaluating
-from swift.parallel.megatron import package
 from swift.parallel.megatron.arguments import translate
 from swift.parallel.megatron.describe import describe
 from swift.parallel.megatron.lora import plan_adapters, read
@@ -26,34 +25,14 @@ from swift.parallel.mesh import Sizes
 from swift.parallel.world import join
 from tests.families import build
 from tests.ranks import run_ranks
-from tests.tiny import make_tokenizer
 
 pytestmark = pytest.mark.multi
 KEYS = ("loss", "grad_norm", "eval_loss", "token_acc", "eval_token_acc", "rewards/margins", "eval_rewards/margins")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def imported():
-    """Once, rather than in each process that is forked."""
-    for name in ("parallel_state", "models.gpt.gpt_layer_specs", "models.gpt.gpt_model", "pipeline_parallel", "tensor_parallel"):
-        package.part(name)
-
-
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A folder for each family, with the tokenizer of the tests."""
-
-    def make(family, **options):
-        path = tmp_path_factory.mktemp(family)
-        tokenizer = make_tokenizer(path)
-        build(family, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **options).save_pretrained(path)
-        return path
-
-    return {
-        "tied": make("llama", num_hidden_layers=4, tie_word_embeddings=True),
-        "fused": make("phi3"),
-        "experts": make("qwen3_moe"),
-    }
+def models(megatron, folder_of, tied):
+    return {"tied": tied, "fused": folder_of("phi3"), "experts": folder_of("qwen3_moe")}
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,8 @@ from swift.parallel.megatron.context import PartAttention, filled
 from swift.parallel.megatron.cpu import on_cpu
 from swift.parallel.megatron.strategy import Megatron
 from swift.parallel.world import join
-from tests.families import build as build_model
 from tests.parallel.test_megatron import QKV, same, train
 from tests.ranks import run_ranks
-from tests.tiny import make_tokenizer
 
 pytestmark = pytest.mark.multi
 # A forward pass is a pack: those of a step have different lengths.
@@ -46,26 +44,9 @@ CASES = {
 UNPADDED = {"pp": STAGES}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def imported():
-    """Once, rather than in each process that is forked."""
-    for name in ("parallel_state", "models.gpt.gpt_layer_specs", "models.gpt.gpt_model", "pipeline_parallel", "tensor_parallel"):
-        package.part(name)
-
-
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    def make(family, **options):
-        path = tmp_path_factory.mktemp(family)
-        tokenizer = make_tokenizer(path)
-        build_model(family, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **options).save_pretrained(path)
-        return path
-
-    return {
-        "tied": make("llama", num_hidden_layers=4, tie_word_embeddings=True),
-        "experts": make("qwen3_moe"),
-        "windows": make("mistral"),
-    }
+def models(megatron, folder_of, tied):
+    return {"tied": tied, "experts": folder_of("qwen3_moe"), "windows": folder_of("mistral")}
 
 
 @pytest.fixture(scope="module")
